@@ -1,0 +1,187 @@
+"""Which policy holds at which path: ordered rules over subtrees, float32 islands behind them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jmp
+import numpy as np
+
+from mpjax.core.dtypes import canonical
+from mpjax.policy.patterns import REGEX, Pattern, Sites, governs, is_exact, lineage, names
+from mpjax.policy.policy import Policy, parse_keys
+
+ISLANDS = frozenset(
+    {"BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm", "SpectralNorm", "WeightNorm"}
+)  # fmt: skip
+"""Names of module classes that run in float32 by default: a class with one of them in its MRO is an island."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One line of a policy map, parsed: the modules it names and what holds below them."""
+
+    pattern: Pattern
+    policy: Policy
+    hands_back: bool = False
+    """The rule wrote `output=`: results leave its subtree in that dtype, not in the caller's compute dtype."""
+    keeps_input: bool = False
+    """The rule wrote `input=keep`: float arguments enter its subtree as they are (coordinates, timesteps)."""
+
+    def __str__(self) -> str:
+        return self.pattern.__name__ if isinstance(self.pattern, type) else repr(self.pattern)
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyMap:
+    """One policy for a whole model, told by path.
+
+        policy(module) = the first rule that names the module or a module around it
+                         but a float32 island obeys only a rule that names its class or its exact path
+                         (or a module inside it); else float32 if it is an island; else the default
+
+    Args:
+      rules: from pattern to policy. A pattern is a glob over canonical paths (`"head"`, `"layers/*/attention"`,
+        `"**/mlp"`), a regex marked `"re:…"`, or a module class. It means the subtree. A policy is a preset, a dtype
+        name, a `Policy`, or `key=value` pairs; a key that is not named comes from the default. Two keys act at the
+        borders of the subtree: `output=dtype` hands results back in that dtype, `input=keep` leaves float arguments
+        unrounded.
+      default: the policy where no rule matches; its `output` is what the whole model returns.
+      islands: further module classes to run in float32.
+
+    Raises:
+      ValueError: text that does not parse. Rules that can never act raise when they meet a model: see `check`.
+
+    >>> rules = PolicyMap({"head": "compute=float32"}, default="mixed_bfloat16")
+    >>> str(rules.resolve("head/dense", {}).policy)
+    'p=full,c=full,o=full'
+    """
+
+    rules: tuple[Rule, ...] = ()
+    default: Policy = Policy("float32", "bfloat16", "float32")
+    islands: tuple[type, ...] = ()
+
+    def __init__(
+        self,
+        rules: Mapping[Pattern, str | jmp.Policy] | None = None,
+        default: str | jmp.Policy = "mixed_bfloat16",
+        islands: tuple[type, ...] = (),
+    ):
+        base = Policy.of(default)
+        object.__setattr__(self, "default", base)
+        object.__setattr__(self, "rules", tuple(_parse(key, value, base) for key, value in (rules or {}).items()))
+        object.__setattr__(self, "islands", tuple(islands))
+
+    @staticmethod
+    def of(policy: str | jmp.Policy | PolicyMap | Mapping[Pattern, Any]) -> PolicyMap:
+        """A policy map from whatever names one: a map, a dict of rules, a policy, a string.
+
+        >>> PolicyMap.of("mixed_float16").default.compute_dtype
+        dtype('float16')
+        """
+        if isinstance(policy, PolicyMap):
+            return policy
+        return PolicyMap(policy) if isinstance(policy, Mapping) else PolicyMap(default=policy)
+
+    @property
+    def compute_dtypes(self) -> frozenset[np.dtype]:
+        """Every dtype in which the default or a rule computes; the islands' float32 is not counted."""
+        return frozenset(rule.policy.compute_dtype for rule in self.rules) | {self.default.compute_dtype}
+
+    def is_island(self, cls: Any) -> bool:
+        """Whether a module class runs in float32 unless a rule says otherwise: by class, or by a name in its MRO."""
+        if not isinstance(cls, type):
+            return False
+        return issubclass(cls, self.islands) or not ISLANDS.isdisjoint(base.__name__ for base in cls.__mro__)
+
+    def resolve(self, path: str, sites: Sites) -> Resolution:
+        """What holds at `path`, given the classes of the modules around it (unknown ones are no islands)."""
+        above = list(lineage(path))
+        depth = next((n for n, p in enumerate(above) if self.is_island(sites.get(p))), None)
+        island = None if depth is None else above[depth]
+        inside = above[:depth]  # the modules from `path` up to, not including, the island
+        for index, rule in enumerate(self.rules):
+            meant = island is not None and _means_island(rule.pattern, island, sites.get(island), self)
+            if meant or any(names(rule.pattern, p, sites.get(p)) for p in (above if island is None else inside)):
+                return Resolution(index, rule)
+        if island is None:
+            return Resolution(None, Rule("", self.default))
+        float32 = Policy("float32", "float32", self.default.output_dtype)
+        return Resolution("island", Rule("", float32))
+
+    def check(self, sites: Sites, scanned: frozenset[str] = frozenset()) -> None:
+        """Refuse a rule that can never act on this model.
+
+        Args:
+          sites: the class at each module path; a path known only from the params has `None`.
+          scanned: paths whose layers are one traced body (`nn.scan`).
+
+        Raises:
+          ValueError: a rule that matches no path, is shadowed by an earlier one or by an island, or names one layer
+            of a scanned stack; the message names the rule and the nearest paths.
+        """
+        from mpjax.policy.complaints import complaint
+
+        winners = {self.resolve(path, sites).source for path in sites}
+        for index, rule in enumerate(self.rules):
+            if index not in winners:
+                raise ValueError(complaint(rule.pattern, sites, scanned))
+        for cls in self.islands:
+            if not any(names(cls, path, found) for path, found in sites.items()):
+                raise ValueError(f"island {cls.__name__} is no class of this model; its classes are {_classes(sites)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolution:
+    """The rule that holds somewhere, and where it came from: its index, `"island"`, or None for the default."""
+
+    source: int | str | None
+    rule: Rule
+
+    @property
+    def policy(self) -> Policy:
+        return self.rule.policy
+
+    @property
+    def said_by(self) -> str:
+        """The source in words, for tables and errors."""
+        if self.source is None:
+            return "default"
+        return "float32 island" if self.source == "island" else str(self.rule)
+
+
+def _means_island(pattern: Pattern, path: str, cls: Any, rules: PolicyMap) -> bool:
+    """Whether a rule means this island: by its class (not a base of everything), or by spelling out its path."""
+    if isinstance(pattern, type):
+        return rules.is_island(pattern) and names(pattern, path, cls)
+    return is_exact(pattern, path)
+
+
+def _parse(pattern: Pattern, text: Any, default: Policy) -> Rule:
+    if not isinstance(pattern, (str, type)):
+        raise ValueError(f"got {pattern!r} for a rule; write a glob over paths, 're:' and a regex, or a module class")
+    if isinstance(pattern, str) and pattern.startswith(REGEX):
+        try:
+            re.compile(pattern.removeprefix(REGEX))
+        except re.error as error:
+            raise ValueError(f"rule {pattern!r} is not a regex: {error}; without 're:' it would be a glob") from None
+    if not isinstance(text, str) or "=" not in text:
+        return Rule(pattern, Policy.of(text))
+    named = parse_keys(text, extra=("input",))
+    if named.get("input", "keep") != "keep":
+        raise ValueError(f"got input={named['input']} in rule {pattern!r}; only input=keep is legal, or leave it out")
+    dtypes = {key: canonical(named[key]) if key in named else getattr(default, f"{key}_dtype") for key in _KEYS}
+    return Rule(pattern, Policy(*dtypes.values()), hands_back="output" in named, keeps_input="input" in named)
+
+
+_KEYS = ("param", "compute", "output")
+
+
+def _classes(sites: Sites) -> str:
+    return ", ".join(sorted({cls.__name__ for cls in sites.values() if isinstance(cls, type)}))
+
+
+__all__ = ["ISLANDS", "Pattern", "PolicyMap", "Resolution", "Rule", "Sites", "governs"]

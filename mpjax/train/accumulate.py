@@ -1,0 +1,171 @@
+"""Loss and scaled gradients of a batch, whole or in micro-batches whose sums are float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mpjax.core.model import SINKS
+from mpjax.core.tree import all_finite, path_of
+from mpjax.core.types import Batch, MState, Params, PyTree
+from mpjax.numerics.loss_scale import LossScale, value_and_scaled_grad
+from mpjax.train.state import Aux, merge_trainable
+
+
+class Gathered(NamedTuple):
+    """What one batch gave: everything float32, gradients still scaled, means over the batch's whole weight."""
+
+    loss: jax.Array
+    grads: Params
+    mstate: MState
+    sinks: PyTree
+    """What came back for the reserved collection: its cotangent, not scaled back, added up over micro-batches."""
+    metrics: dict[str, jax.Array]
+    weight: jax.Array | None
+    """The total weight; None where the loss function gives none, so that nothing need be checked."""
+    mstate_finite: jax.Array
+    """Whether `mstate` was finite after every micro-batch: a later one may overwrite what an earlier one spoiled."""
+
+
+def gather(
+    loss_fn: Callable,
+    trained: Params,
+    frozen: Params,
+    mstate: MState,
+    batch: Batch,
+    rng: jax.Array,
+    loss_scale: LossScale,
+    accumulate: int,
+) -> Gathered:
+    """Differentiate `loss_fn` over a batch.
+
+        for each micro-batch i:  g += w_i · float32(∇ scale · s_i / w_i);  s += s_i;  w += w_i
+        loss = s / w;  grads = g / w         (a loss without a weight has w_i = 1)
+
+    `mstate` runs through the micro-batches in order, and the scale is constant within them.
+    """
+    rest = {name: tree for name, tree in mstate.items() if name != SINKS}
+    sinks = mstate.get(SINKS, {})
+
+    def differentiate(mstate: MState, batch: Batch, rng: jax.Array) -> tuple[tuple, tuple[Params, PyTree]]:
+        def loss_of(trained: Params, sinks: PyTree) -> tuple[jax.Array, tuple]:
+            full = {**mstate, SINKS: sinks} if sinks else mstate
+            total, weight, aux = _read(loss_fn(merge_trainable(trained, frozen), full, batch, rng), full)
+            mean = total if weight is None else total / jnp.where(weight == 0, jnp.ones_like(weight), weight)
+            return mean, (total, weight, _without_sinks(aux.mstate, mstate), aux.metrics)
+
+        (_, parts), grads = value_and_scaled_grad(loss_of, loss_scale, (0, 1), has_aux=True)(trained, sinks)
+        return parts, grads
+
+    if accumulate == 1:
+        check_batch(batch, 1)
+        (total, weight, new, metrics), (grads, sunk) = differentiate(rest, batch, rng)
+        loss = total if weight is None else total / weight
+        return Gathered(loss, grads, new, sunk, _float32(metrics), weight, all_finite(new))
+
+    def micro(carry: tuple, index_and_batch: tuple) -> tuple[tuple, tuple]:
+        grads, sunk, mstate = carry
+        index, part = index_and_batch
+        (total, weight, new, metrics), (g, s) = differentiate(mstate, part, jax.random.fold_in(rng, index))
+        share = jnp.ones_like(total) if weight is None else weight
+        carry = jax.tree.map(lambda a, b: a + share.astype(b.dtype) * b, grads, g), jax.tree.map(jnp.add, sunk, s), new
+        return carry, (total, weight, _float32(metrics), all_finite(new))
+
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), trained)
+    parts = (jnp.arange(accumulate), cut(batch, accumulate))
+    carry, (totals, weights, metrics, finite) = jax.lax.scan(
+        micro, (start, jax.tree.map(jnp.zeros_like, sinks), rest), parts
+    )
+    grads, sunk, new = carry
+    shares = jnp.ones_like(totals) if weights is None else weights
+    whole = shares.sum()
+    means = jax.tree.map(lambda m: _weighted_mean(m, shares), metrics)
+    grads = jax.tree.map(lambda g: g / whole.astype(g.dtype), grads)
+    return Gathered(totals.sum() / whole, grads, new, sunk, means, None if weights is None else whole, finite.all())
+
+
+def cut(batch: Batch, parts: int) -> Batch:
+    """The batch as `parts` micro-batches along a new leading axis; leaves without an axis are repeated.
+
+    Micro-batch i takes every `parts`-th row from row i on: `reshape(n / k, k).swapaxes(0, 1)`. Under data parallelism each
+    device then cuts the rows that it holds; cut the other way, every device computed all rows.
+
+    >>> cut(jnp.arange(6), 2).tolist()
+    [[0, 2, 4], [1, 3, 5]]
+    """
+    check_batch(batch, parts)
+
+    def leaf(x: Any) -> jax.Array:
+        x = jnp.asarray(x)
+        if x.ndim == 0:
+            return jnp.broadcast_to(x, (parts,))
+        return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(leaf, batch)
+
+
+def check_batch(batch: Batch, parts: int) -> None:
+    """Refuse an empty batch, one that `parts` does not divide, and leaves whose leading axes differ where it is cut."""
+    rows = {path_of(k): x.shape[0] for k, x in jax.tree_util.tree_flatten_with_path(batch)[0] if jnp.ndim(x) > 0}
+    for path, n in rows.items():
+        where = f"batch[{path}]" if path else "the batch"
+        if n == 0:
+            raise ValueError(f"{where} has 0 rows; a step needs at least one: drop the empty batch")
+        if n % parts:
+            raise ValueError(
+                f"{where} has {n} rows, which accumulate={parts} does not divide; "
+                f"use a batch of {n // parts * parts or parts} rows, or another accumulate"
+            )
+    if parts > 1 and len(set(rows.values())) > 1:
+        raise ValueError(f"the batch cannot be cut: its leading axes differ, {rows}; give every leaf the same number of rows")
+
+
+def _read(out: Any, mstate: MState) -> tuple[jax.Array, jax.Array | None, Aux]:
+    """(loss or sum, weight or None, aux) from any of the four forms that a loss function may return."""
+    loss, aux = (out[0], out[1]) if isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], Aux) else (out, None)
+    total, weight = loss if isinstance(loss, tuple) and len(loss) == 2 else (loss, None)
+    if jnp.ndim(total) != 0 or (weight is not None and jnp.ndim(weight) != 0) or isinstance(total, (tuple, dict, list)):
+        raise ValueError(
+            f"loss_fn returned {jax.tree.map(jnp.shape, out)} (shapes); legal is a scalar loss or (sum, weight), each "
+            "alone or as (loss, Aux(mstate, metrics)): reduce the loss to a scalar"
+        )
+    if weight is not None:
+        weight = jax.lax.stop_gradient(_at_least_float32(weight))
+    return _at_least_float32(total), weight, aux if aux is not None else Aux(mstate, {})
+
+
+def _at_least_float32(x: Any) -> jax.Array:
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _float32(metrics: dict[str, Any]) -> dict[str, jax.Array]:
+    return {name: jnp.asarray(x).astype(jnp.float32) for name, x in metrics.items()}
+
+
+def _weighted_mean(values: jax.Array, shares: jax.Array) -> jax.Array:
+    """Over the leading axis; a micro-batch of weight zero has no say, whatever its value."""
+    shares = shares.astype(jnp.float32).reshape(-1, *(1,) * (values.ndim - 1))
+    return jnp.where(shares == 0, jnp.zeros_like(values), shares * values).sum(0) / shares.sum()
+
+
+def _without_sinks(new: MState, old: MState) -> MState:
+    return as_stored({name: tree for name, tree in new.items() if name != SINKS}, old, "mstate")
+
+
+def as_stored(new: PyTree, old: PyTree, what: str) -> PyTree:
+    """`new` in the dtypes of `old`, strongly typed: a state whose dtypes drift is compiled again at every step."""
+    if jax.tree.structure(new) != jax.tree.structure(old):
+        raise ValueError(
+            f"{what} changed its structure in the step: {jax.tree.structure(new)} came where "
+            f"{jax.tree.structure(old)} is stored; return the tree that was passed in, with new values"
+        )
+    return jax.tree.map(lambda x, ref: jax.lax.convert_element_type(x, ref.dtype) if _has_dtype(ref) else x, new, old)
+
+
+def _has_dtype(x: Any) -> bool:
+    """Whether it can be converted: a number, not a key."""
+    return hasattr(x, "dtype") and not jnp.issubdtype(x.dtype, jax.dtypes.extended)

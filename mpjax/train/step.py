@@ -1,0 +1,203 @@
+"""The train step: one pure function over the train state, compiled once, that applies a good update or skips a bad one whole."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mpjax.core.model import SINKS
+from mpjax.core.tree import all_finite, path_of, select_tree
+from mpjax.core.types import Batch, Metrics, MState, Params
+from mpjax.numerics.loss_scale import DynamicLossScale
+from mpjax.train.accumulate import Gathered, as_stored, gather
+from mpjax.train.state import TrainState, merge_trainable, split_trainable
+
+LossFn = Callable[..., Any]
+
+
+class Changed(NamedTuple):
+    """What a step replaces, or, if the step is skipped, leaves as it was to the last byte."""
+
+    params: Params
+    mstate: MState
+    opt_state: Any
+    ema: Any
+
+
+RESERVED = ("loss", "grad_norm", "grads_finite", "loss_scale", "skipped", "skipped_in_a_row", "learning_rate", SINKS)
+"""Metric names that the step itself reports."""
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    clip_norm: float | None = None,
+    skip: str = "nonfinite",
+    donate: bool = True,
+) -> TrainStep:
+    """A jitted `step(state, batch) -> (state, metrics)`.
+
+        grads  = Σ over micro-batches of float32(∇ (scale · float32 loss)) / scale
+        update = optimizer(clip(grads), float32(params))
+        finite = loss, |grads|, new mstate and new params are all finite, and the total weight is not zero
+        state  = finite ? everything new : everything old;  then scale = adjust(scale, finite)
+
+    A skipped step leaves every byte of params, optimizer state, moving average and mstate as it was; only the loss scale
+    and the skip counters move. There is no host sync and one compile for good, skipped and scale-changing steps alike.
+
+    Args:
+      loss_fn: `loss_fn(params, mstate, batch, rng)`, pure; returns a scalar loss or `(sum, weight)`, either alone or as
+        `(loss, Aux(mstate, metrics))`. `rng` is `state.rng` with the attempt (and micro-batch) folded in.
+      optimizer: the optax transformation with which the state was made. It sees float32 gradients and params.
+      accumulate: cut the batch into this many micro-batches and add their gradients up in float32.
+      clip_norm: scale gradients down to this global norm, after unscaling and accumulation.
+      skip: `"nonfinite"`, or `"off"`: apply whatever comes (not with a dynamic loss scale, which lives by skipping).
+      donate: let the new state take the old one's memory. The old state cannot be used afterwards.
+
+    Returns:
+      A `TrainStep`. Its metrics are scalar arrays: `loss`, `grad_norm` (unscaled, before clipping), `grads_finite`,
+      `loss_scale` (the one this step ran under), `skipped` and `skipped_in_a_row` (after it), `learning_rate` where the
+      optimizer tells it (`optax.inject_hyperparams`), and the loss function's own.
+
+    Raises:
+      ValueError: a setting outside these; at the first call, before compilation: an empty batch, one that `accumulate`
+        does not divide, a loss that is not a scalar, or a metric with a reserved name.
+
+    Source: Micikevicius et al., Mixed Precision Training (2018).
+
+    >>> from mpjax.core.model import Model
+    >>> model = Model(lambda rng, x: ({"w": jnp.zeros(2)}, {}), lambda p, m, x, rng=None: (x @ p["w"], m))
+    >>> optimizer = optax.sgd(0.5)
+    >>> state = TrainState.create(model, optimizer, jax.random.key(0), jnp.ones((1, 2)))
+    >>> step = make_train_step(lambda p, m, batch, rng: ((model.apply(p, m, batch)[0] - 1) ** 2).mean(), optimizer)
+    >>> state, metrics = step(state, jnp.ones((4, 2)))
+    >>> float(metrics["loss"]), state.params["w"].tolist()
+    (1.0, [1.0, 1.0])
+    """
+    if not isinstance(accumulate, int) or accumulate < 1:
+        raise ValueError(f"got accumulate={accumulate!r}; legal is an int ≥ 1; 1 does not accumulate")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"got clip_norm={clip_norm!r}; legal is a number > 0, or None for no clipping")
+    if skip not in ("nonfinite", "off"):
+        raise ValueError(f"got skip={skip!r}; legal is 'nonfinite' or 'off'")
+    return TrainStep(loss_fn, optimizer, accumulate, clip_norm, skip, donate)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """A compiled step and what can be asked of it; made by `make_train_step`."""
+
+    loss_fn: LossFn
+    optimizer: optax.GradientTransformation
+    accumulate: int
+    clip_norm: float | None
+    skip: str
+    donate: bool
+
+    def __post_init__(self) -> None:
+        # Not a cached property: bound once, so that every call goes straight to jax's own dispatch.
+        object.__setattr__(self, "_jitted", jax.jit(self.pure, donate_argnums=(0,) if self.donate else ()))
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """The state after this batch, and its metrics; both are on their way, nothing waits for them."""
+        if isinstance(state.step, jax.Array) and not isinstance(state.step, jax.core.Tracer) and state.step.is_deleted():
+            raise ValueError(
+                "this TrainState was donated to an earlier step and is gone; go on with the state which that step "
+                "returned, or make the step with donate=False"
+            )
+        return self._jitted(state, batch)  # type: ignore[attr-defined]
+
+    def lower(self, state: TrainState, batch: Batch) -> Any:
+        """jax's lowering of the step for these arguments (arrays or `ShapeDtypeStruct`s): `.compile()` it to see its cost."""
+        return self._jitted.lower(state, batch)  # type: ignore[attr-defined]
+
+    def pure(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """The step itself, neither compiled nor donating: for `jax.make_jaxpr`, for a scan over steps, for reading."""
+        if self.skip == "off" and isinstance(state.loss_scale, DynamicLossScale):
+            raise ValueError(
+                "skip='off' came with a DynamicLossScale, which finds its scale by skipping; "
+                "use skip='nonfinite' or a static_loss_scale"
+            )
+        trained, frozen = split_trainable(state.params, state.trainable)
+        found = self._gather(state, trained, frozen, batch)
+        grads = state.loss_scale.unscale(found.grads)
+        norm = optax.tree.norm(grads)
+        new = self._update(state, trained, found, self._clip(grads, norm))
+        finite = jnp.isfinite(norm) & jnp.isfinite(found.loss) & found.mstate_finite & all_finite(new.params)
+        weightless = jnp.array(False) if found.weight is None else found.weight == 0
+        applied = jnp.array(True) if self.skip == "off" else finite & ~weightless
+        old = Changed(trained, state.mstate, state.opt_state, state.ema)
+        kept = new if self.skip == "off" else select_tree(applied, new, old)
+        scale = state.loss_scale.adjust(finite)
+        after = dataclasses.replace(
+            state,
+            step=state.step + applied.astype(jnp.int32),
+            skipped=state.skipped + (~applied).astype(jnp.int32),
+            skipped_in_a_row=jnp.where(applied, 0, state.skipped_in_a_row + 1),
+            params=merge_trainable(kept.params, frozen),
+            mstate=kept.mstate,
+            opt_state=kept.opt_state,
+            ema=kept.ema,
+            # No weight says nothing about the scale: it neither grows nor shrinks.
+            loss_scale=scale if found.weight is None else select_tree(weightless, state.loss_scale, scale),
+        )
+        return after, _metrics(state, after, found, norm)
+
+    def _gather(self, state: TrainState, trained: Params, frozen: Params, batch: Batch) -> Gathered:
+        rng = jax.random.fold_in(state.rng, state.attempt)
+        return gather(self.loss_fn, trained, frozen, state.mstate, batch, rng, state.loss_scale, self.accumulate)
+
+    def _clip(self, grads: Params, norm: jax.Array) -> Params:
+        if self.clip_norm is None:
+            return grads
+        shrink = self.clip_norm / jnp.maximum(norm, self.clip_norm)  # exactly 1 where nothing is to be clipped
+        return jax.tree.map(lambda g: g * shrink.astype(g.dtype), grads)
+
+    def _update(self, state: TrainState, trained: Params, found: Gathered, grads: Params) -> Changed:
+        """What a good step would store. The optimizer works on float32 params, which are then rounded to their dtype."""
+        wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), trained)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, wide)
+        params = jax.tree.map(lambda x, u, old: (x + u.astype(x.dtype)).astype(old.dtype), wide, updates, trained)
+        mstate = found.mstate | ({SINKS: found.sinks} if SINKS in state.mstate else {})
+        ema = state.ema
+        if state.ema_decay is not None:
+            rate = 1 - state.ema_decay
+            ema = jax.tree.map(lambda mean, x: mean + rate * (x.astype(jnp.float32) - mean), ema, params)
+        return Changed(params, mstate, as_stored(opt_state, state.opt_state, "the optimizer's state"), ema)
+
+    def nonfinite_leaf(self, state: TrainState, batch: Batch) -> str | None:
+        """The path of the first gradient leaf with a NaN or an infinity for this batch, or None; for an error message.
+
+        It differentiates once more, updates nothing and leaves the state alive. The scale is the state's own.
+        """
+        trained, frozen = split_trainable(state.params, state.trainable)
+        grads = jax.jit(lambda trained: self._gather(state, trained, frozen, batch).grads)(trained)
+        keyed = jax.tree_util.tree_flatten_with_path(grads)[0]
+        return next((path_of(keys) for keys, x in keyed if not bool(all_finite(x))), None)
+
+
+def _metrics(before: TrainState, after: TrainState, found: Gathered, norm: jax.Array) -> Metrics:
+    taken = sorted(set(found.metrics) & set(RESERVED))
+    if taken:
+        raise ValueError(f"loss_fn returned the metric names {taken}, which the step reports itself; rename them")
+    metrics = {
+        "loss": found.loss,
+        "grad_norm": norm,
+        "grads_finite": jnp.isfinite(norm),
+        "loss_scale": jnp.asarray(before.loss_scale.loss_scale, jnp.float32),
+        "skipped": after.skipped,
+        "skipped_in_a_row": after.skipped_in_a_row,
+    }
+    rates = [x for _, x in optax.tree.get_all_with_path(after.opt_state, "learning_rate")]
+    if len(rates) == 1:  # more than one: groups of params with rates of their own
+        metrics["learning_rate"] = jnp.asarray(rates[0], jnp.float32)
+    if SINKS in before.mstate:
+        metrics[SINKS] = found.sinks
+    return metrics | found.metrics

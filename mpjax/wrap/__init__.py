@@ -1,0 +1,71 @@
+"""Floor 2, the doors to Flax: a module and a policy in, a pure `Model` out. `mpjax.wrap(...)` is this package, called."""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+from mpjax.core.model import Model
+from mpjax.policy.rules import PolicyMap
+
+
+def wrap(module: Any, policy: Any = "mixed_bfloat16", *, streams: tuple[str, ...] = ("dropout",)) -> Model:
+    """A Flax module under a policy, as a pair of pure functions over ordinary pytrees.
+
+    The module is only read. `model.init(rng, *args)` initialises in float32 and hands params out in their param dtype.
+    `model.apply(params, mstate, *args, rng=None, train=None, method=None)` runs each submodule in the compute dtype that
+    the policy gives its path: its float arguments and its own params are converted where it is entered and where it reads
+    them, its results go back in its caller's compute dtype, and the model's own result in the policy's output dtype.
+    Norms and softmax stay in float32. What is a function and not a module (`jax.nn.softmax` written out in a `__call__`)
+    cannot be reached; `mpjax.audit` shows in which dtype it ran.
+
+    A layer's own `dtype=` is overridden by the policy, which is the one place where precision is decided. `train=` goes to
+    the method if it takes it; if it must have it and none is given, it gets False.
+
+    Args:
+      module: a `flax.linen.Module`, not bound.
+      policy: a `PolicyMap`, a dict of rules, a `Policy` or a policy string.
+      streams: names of the rng streams that the module draws from; each is derived from `rng` by its place here.
+
+    Returns:
+      A `Model`; `model.explain(*sample)` prints what holds where.
+
+    Raises:
+      TypeError: not a Flax module.
+      ValueError: a rule that can never act on this module (raised by `init`, `apply` or `explain`, which see its paths),
+        or a float8 compute dtype, in which only products can run.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from flax import linen as nn
+    >>> model = wrap(nn.Dense(2), "mixed_bfloat16")
+    >>> params, mstate = model.init(jax.random.key(0), jnp.ones((1, 3)))
+    >>> y, mstate = model.apply(params, mstate, jnp.ones((1, 3)))
+    >>> str(params["kernel"].dtype), str(y.dtype)
+    ('float32', 'float32')
+    """
+    rules = PolicyMap.of(policy)
+    narrow = sorted(str(dtype) for dtype in rules.compute_dtypes if dtype.itemsize < 2)
+    if narrow:
+        raise ValueError(
+            f"got compute dtype {', '.join(narrow)}; a wrapped module computes in bfloat16, float16, float32 or float64, "
+            "since float8 has products but no additions; use bfloat16 here"
+        )
+    from mpjax.wrap import linen
+
+    if not linen.takes(module):
+        raise TypeError(
+            f"got {module!r:.80}; wrap takes a flax.linen Module instance (nn.Dense(8), not nn.Dense); "
+            "bare functions make a model by mpjax.Model(init, apply)"
+        )
+    return linen.wrap_linen(module, rules, streams)
+
+
+class _CallablePackage(types.ModuleType):
+    """`import mpjax.wrap` binds this package over the function of the same name, so the package can be called."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Model:
+        return wrap(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallablePackage

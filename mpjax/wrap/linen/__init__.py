@@ -1,0 +1,123 @@
+"""The Linen door: `flax.linen.Module` + rules → `Model`, by interception of every module call."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from mpjax.core.model import Model
+from mpjax.core.tree import cast_by_path, cast_like, path_of
+from mpjax.core.types import MState, Params
+from mpjax.policy.patterns import lineage
+from mpjax.policy.resolution import Table, resolution_table
+from mpjax.policy.rules import PolicyMap
+from mpjax.wrap.linen.calls import Interceptor
+from mpjax.wrap.linen.layers import init_in_full
+from mpjax.wrap.linen.sites import Sites, record
+
+STORED_AS_COMPUTED = ("cache",)
+"""Collections that a layer reads and writes in its compute dtype; they are stored in the dtype they came with."""
+
+
+def takes(module: Any) -> bool:
+    """Whether this door opens for `module`."""
+    return isinstance(module, nn.Module)
+
+
+def wrap_linen(module: nn.Module, rules: PolicyMap, streams: tuple[str, ...]) -> Model:
+    """`mpjax.wrap` for Linen: see there."""
+    known: dict[Any, Sites] = {}  # one entry per way of calling the module: a cache of abstract traces, nothing else
+
+    def sites_of(key: Any, call: Callable[[], Any], params: Params = None) -> Sites:
+        if key not in known:
+            found = record(call)
+            rules.check(dict.fromkeys(_module_paths(params)) | found.classes, frozenset(found.scanned))
+            known[key] = found
+        return known[key]
+
+    def init_call(rng: Any, args: tuple, kwargs: dict) -> tuple[Any, Callable[[], Any]]:
+        method, kwargs = _arguments(module, kwargs)
+        keys = {"params": rng} | {name: jax.random.fold_in(rng, n) for n, name in enumerate(streams, 1)}
+        return ("init", method, _signature(args, kwargs)), functools.partial(
+            module.init, keys, *args, method=method, **kwargs
+        )
+
+    def init(rng: jax.Array, *args: Any, **kwargs: Any) -> tuple[Params, MState]:
+        key, run = init_call(rng, args, kwargs)
+        sites = sites_of(key, run)
+        with nn.intercept_methods(init_in_full(rules, sites.classes)):
+            variables = dict(run())
+        params = variables.pop("params", {})
+        return cast_by_path(params, lambda path: _policy_at(rules, sites, path).param_dtype), variables
+
+    def apply(params: Params, mstate: MState, *args: Any, rng: jax.Array | None = None, **kwargs: Any) -> Any:
+        method, kwargs = _arguments(module, kwargs)
+        keys = {} if rng is None else {n: jax.random.fold_in(rng, i) for i, n in enumerate(("params", *streams))}
+        run = functools.partial(module.apply, rngs=keys, mutable=list(mstate), method=method)
+        key = ("apply", method, rng is None, _signature((params, mstate, *args), kwargs))
+        sites = sites_of(key, lambda: run({"params": params, **mstate}, *args, **kwargs), params)
+
+        def compute_dtype(path: str) -> Any:
+            return _policy_at(rules, sites, path).compute_dtype
+
+        stored = {name: cast_by_path(mstate[name], compute_dtype) for name in STORED_AS_COMPUTED if name in mstate}
+        interceptor = Interceptor(rules, sites)
+        with interceptor, nn.intercept_methods(interceptor):
+            out, changed = run({"params": params, **mstate, **stored}, *args, **kwargs)
+        return out, cast_like(dict(changed), dict(mstate)) if mstate else mstate
+
+    def table(*args: Any, **kwargs: Any) -> Table:
+        key, run = init_call(jax.random.key(0), args, kwargs)
+        sites = sites_of(key, run)
+        return resolution_table(rules, sites.classes, frozenset(sites.scanned), sites.rounded_at)
+
+    def cast_params(params: Params) -> Params:
+        classes = {path: cls for sites in known.values() for path, cls in sites.classes.items()}
+        if not classes:
+            raise ValueError("cast_params: the module's paths are unknown yet; call init, apply or explain once before")
+        return cast_by_path(params, lambda path: rules.resolve(_owner(path), classes).policy.compute_dtype)
+
+    return Model(init, apply, policy=rules, table=table, cast_params=cast_params)
+
+
+def _arguments(module: nn.Module, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """`method`, and the keyword arguments that it takes: `train` reaches it only if it has that parameter."""
+    kwargs = dict(kwargs)
+    method = kwargs.pop("method", None)
+    train = kwargs.pop("train", None)
+    named = "__call__" if method is None else method
+    function = getattr(type(module), named, None) if isinstance(named, str) else named
+    if function is None:
+        raise ValueError(f"got method={method!r}; {type(module).__name__} has no such method; name one that it defines")
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()) and train is not None:
+        kwargs["train"] = train
+    elif "train" in parameters and (train is not None or parameters["train"].default is inspect.Parameter.empty):
+        kwargs["train"] = bool(train) if train is None else train
+    return method, kwargs
+
+
+def _signature(args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What may change which modules a call visits: structure, shapes and static values."""
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    return structure, tuple((x.shape, x.dtype) if hasattr(x, "shape") else x for x in leaves)
+
+
+def _policy_at(rules: PolicyMap, sites: Sites, leaf_path: str) -> Any:
+    return rules.resolve(_owner(leaf_path), sites.classes).policy
+
+
+def _owner(leaf_path: str) -> str:
+    """The module whose variable this is: `a/b/kernel` belongs to `a/b`."""
+    return leaf_path.rpartition("/")[0]
+
+
+def _module_paths(params: Params) -> list[str]:
+    """Every module path that a params tree knows of."""
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    return [path for keys, _ in leaves for path in lineage(_owner(path_of(keys)))]

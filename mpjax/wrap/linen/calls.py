@@ -1,0 +1,126 @@
+"""What happens at each module call: arguments in the callee's compute dtype, results in the caller's."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from mpjax.core.dtypes import is_float
+from mpjax.core.tree import cast_floating, cast_like
+from mpjax.policy.rules import PolicyMap, Resolution
+from mpjax.wrap.linen.layers import UPCASTING_NORMS, dressed, fields_for
+from mpjax.wrap.linen.sites import Sites, lifted_path, module_path, trace_key
+
+
+@dataclasses.dataclass
+class Frame:
+    """A module call in progress: where, under which resolution, and what its lifted children are traced under."""
+
+    path: str
+    found: Resolution
+    keys: contextlib.ExitStack
+
+    @property
+    def stream(self) -> np.dtype:
+        """The dtype in which values flow between the modules that this one calls."""
+        return self.found.policy.compute_dtype
+
+
+class Interceptor(contextlib.AbstractContextManager):
+    """One per `apply`: the stack of calls in progress, and the tensors that an `output=` rule made.
+
+    Those pass up unrounded for as long as they are returned as they are, known by identity. (They are held here, so
+    that an id stays its own.)
+    """
+
+    def __init__(self, rules: PolicyMap, sites: Sites):
+        self.rules = rules
+        self.classes = dict(sites.classes)
+        self.sites = sites
+        self.scanned = sites.scanned
+        self.frames: list[Frame] = []
+        self.deliberate: dict[int, jax.Array] = {}
+        self.keys = contextlib.ExitStack()
+
+    def __exit__(self, *error: Any) -> None:
+        self.keys.close()
+
+    def __call__(
+        self, next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext
+    ) -> Any:  # fmt: skip
+        module, method = context.module, context.method_name
+        caller = self.frames[-1] if self.frames else None
+        lifted = lifted_path(context, caller.path if caller else None)
+        if lifted is not None:
+            keys = caller.keys if caller else self.keys
+            keys.enter_context(trace_key(self._subtree(lifted, caller)))
+        # Flax also reports lifted plain functions (RNN's scan_fn, remat of a lambda): not calls of the module.
+        if module.scope is None or not hasattr(type(module), method) or method == "initialize_carry":
+            return next_fun(*args, **kwargs)
+        path = module_path(module)
+        self.classes.setdefault(path, type(module))
+        found = self.rules.resolve(path, self.classes)
+        compute = found.policy.compute_dtype
+        if method == "setup":  # runs before the call that needs it, outside its frame, and may read params
+            with dressed(module, compute):
+                return next_fun(*args, **kwargs)
+        if caller is not None and caller.path == path:  # a helper method of the module that is running: its own affair
+            return next_fun(*args, **kwargs)
+        args, kwargs, carry = self._enter(module, path, args, kwargs, found)
+        with contextlib.ExitStack() as keys:
+            keys.enter_context(trace_key(self._subtree(path, caller)))
+            self.frames.append(Frame(path, found, keys))
+            try:
+                with dressed(module, compute, **fields_for(module, compute)):
+                    out = next_fun(*args, **kwargs)
+            finally:
+                self.frames.pop()
+        if carry is not None:  # a loop's carry leaves with the dtypes it came with, or the loop does not type-check
+            return (cast_like(out[0], carry), *self._hand_back(out[1:], found, caller))
+        if isinstance(module, (nn.RNN, nn.Bidirectional)) and isinstance(out, tuple):  # (final carry, outputs)
+            self.deliberate.update((id(x), x) for x in jax.tree.leaves(out[0]))
+        return self._hand_back(out, found, caller)
+
+    def _enter(self, module: nn.Module, path: str, args: tuple, kwargs: dict, found: Resolution) -> tuple:
+        """Arguments in the compute dtype, and the carry whose dtypes the results must restore (None outside loops)."""
+        compute = found.policy.compute_dtype
+        caller = self.frames[-1] if self.frames else None
+        if found.rule.keeps_input and (caller is None or caller.found.source != found.source):
+            return args, kwargs, None
+        if isinstance(module, UPCASTING_NORMS) and compute.itemsize >= 4:
+            return args, kwargs, None
+        if isinstance(module, nn.RNNCellBase):
+            return (args[0], *cast_floating(args[1:], compute)), cast_floating(kwargs, compute), args[0]
+        untouched = {name: kwargs[name] for name in kwargs if name == "initial_carry"}
+        carry = args[0] if path in self.scanned and args else None
+        return cast_floating(args, compute), cast_floating(kwargs, compute) | untouched, carry
+
+    def _hand_back(self, out: Any, found: Resolution, caller: Frame | None) -> Any:
+        """Results in the caller's stream; `output=` acts where its rule's subtree is left, the default's at the root."""
+        leaves_rule = found.rule.hands_back and (caller is None or caller.found.source != found.source)
+        target = caller.stream if caller else self.rules.default.output_dtype
+        if leaves_rule:
+            target = found.policy.output_dtype
+
+        def convert(x: Any) -> Any:
+            if not is_float(x) or id(x) in self.deliberate:
+                return x
+            y = cast_floating(x, target)
+            if leaves_rule:
+                self.deliberate[id(y)] = y
+            return y
+
+        return jax.tree.map(convert, out)
+
+    def _subtree(self, path: str, caller: Frame | None) -> Any:
+        """All that a trace of this module depends on: two modules with the same one may share a trace."""
+        below = [p for p in self.sites.classes if p == path or p.startswith(path + "/") or not path]
+        table = tuple((p[len(path) :], self.rules.resolve(p, self.classes), p in self.scanned) for p in below)
+        border = None if caller is None else (caller.stream, caller.found.source)
+        return (border, self.rules.default.output_dtype, table)

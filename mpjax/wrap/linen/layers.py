@@ -1,0 +1,86 @@
+"""What Flax's own layers need: the fields that decide their dtypes, and how a frozen module is dressed for one call."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from mpjax.core.tree import cast_floating
+from mpjax.numerics.attention import attention
+from mpjax.policy.rules import PolicyMap
+from mpjax.wrap.linen.sites import module_path
+
+UPCASTING_NORMS = (nn.BatchNorm, nn.GroupNorm, nn.InstanceNorm, nn.LayerNorm, nn.RMSNorm)
+"""Norms that widen their input inside: widening it before the call would keep a float32 copy for the backward pass."""
+
+
+@contextlib.contextmanager
+def dressed(module: nn.Module, reads_params_in: np.dtype | None, **fields: Any) -> Iterator[None]:
+    """For the length of one call, set fields of a frozen, bound module and let it read its own params in a dtype.
+
+    This is the one place that writes to a user's module; all of it is put back. Params are cast here, where they are
+    read, because `nn.remat` then keeps the float32 originals for the backward pass and no half-precision copy (cast at
+    the top of apply, residuals were 1.62 times as large). Flax has no public way to swap what a scope holds
+    (`Scope._variables`), and no interceptor for `self.param`.
+    """
+    before = {name: getattr(module, name) for name in fields}
+    store: dict[str, Any] = module.scope._variables
+    own = module.scope._collection("params")
+    vars(module).update(fields)
+    if reads_params_in is not None:
+        store["params"] = {
+            name: value if hasattr(value, "keys") else cast_floating(value, reads_params_in)
+            for name, value in own.items()
+        }
+    try:
+        yield
+    finally:
+        vars(module).update(before)
+        store["params"] = own
+
+
+def fields_for(module: nn.Module, compute: np.dtype) -> dict[str, Any]:
+    """The fields of Flax's own layers by which a call computes in `compute`."""
+    fields: dict[str, Any] = {}
+    if _has_float_field(module, "dtype"):
+        fields["dtype"] = compute
+    if isinstance(module, UPCASTING_NORMS) and hasattr(module, "force_float32_reductions"):
+        fields["force_float32_reductions"] = compute.itemsize >= 4  # a rule that names a norm means its statistics too
+    if (
+        isinstance(module, nn.MultiHeadDotProductAttention)
+        and module.attention_fn is nn.dot_product_attention
+        and module.qk_attn_weights_einsum_cls is None
+    ):
+        fields["attention_fn"] = attention
+    return fields
+
+
+def init_in_full(rules: PolicyMap, classes: dict[str, type]) -> Callable:
+    """An interceptor under which initialisers run in float32 (or wider, where the param dtype is), whatever `param_dtype` says."""
+
+    def intercept(next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+        module = context.module
+        if module.scope is None or not _has_float_field(module, "param_dtype"):
+            return next_fun(*args, **kwargs)
+        param = rules.resolve(module_path(module), classes).policy.param_dtype
+        before = module.param_dtype
+        vars(module)["param_dtype"] = jnp.promote_types(param, jnp.float32)
+        try:
+            return next_fun(*args, **kwargs)
+        finally:
+            vars(module)["param_dtype"] = before
+
+    return intercept
+
+
+def _has_float_field(module: nn.Module, name: str) -> bool:
+    """Whether the module has this dtype field, unset or a float: one that is set to an int dtype means something else."""
+    if name not in type(module).__dataclass_fields__:
+        return False
+    value = getattr(module, name)
+    return value is None or jnp.issubdtype(value, jnp.floating)

@@ -1,0 +1,91 @@
+"""Which module class sits at which path, seen in one abstract trace without the policy."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from mpjax.core.tree import canonical_path
+from mpjax.policy.patterns import lineage
+
+trace_key = jax.make_user_context(None)
+"""Part of the key of every jit cache. `nn.jit` shares one trace among all layers of a class, whatever their paths."""
+
+_LIFTS = ("Scan", "Checkpoint", "Remat", "Jit", "Vmap")
+
+
+@dataclasses.dataclass
+class Sites:
+    """Classes by canonical path in calling order, and the paths of lifted modules with the transform's name."""
+
+    classes: dict[str, type] = dataclasses.field(default_factory=dict)
+    lifted: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def scanned(self) -> set[str]:
+        """Paths whose layers are one traced body."""
+        return {path for path, transform in self.lifted.items() if transform == "Scan"}
+
+    def rounded_at(self, path: str) -> str | None:
+        """The ancestor that rounds what an `output=` rule at `path` hands back, if there is one.
+
+        A tensor is known as deliberate by its identity, which no tensor keeps that leaves `nn.remat`, `nn.scan` or
+        `nn.jit`: the first inner module around such a transform converts it as if it were its own.
+        """
+        for above in lineage(path):
+            parent = above.rpartition("/")[0]
+            if above in self.lifted and parent:
+                return parent
+        return None
+
+
+def record(call: Callable[[], Any]) -> Sites:
+    """The sites that `call` visits; nothing is computed."""
+    sites, callers, visits = Sites(), [], itertools.count()
+
+    def recorder(next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+        module, cls = context.module, type(context.module)
+        lifted = lifted_path(context, callers[-1] if callers else None)
+        if lifted is not None:
+            sites.lifted[lifted] = next(name for name in _LIFTS if cls.__name__.startswith(name))
+            visits_key.append(trace_key((id(sites), next(visits))))  # every lifted body must be traced, none reused
+            visits_key[-1].__enter__()
+        if module.scope is None or not hasattr(cls, context.method_name):
+            return next_fun(*args, **kwargs)
+        path = module_path(module)
+        sites.classes.setdefault(path, cls)
+        callers.append(path)
+        try:
+            return next_fun(*args, **kwargs)
+        finally:
+            callers.pop()
+
+    visits_key: list[Any] = []
+    try:
+        with nn.intercept_methods(recorder):
+            jax.eval_shape(call)
+    finally:
+        for key in reversed(visits_key):
+            key.__exit__(None, None, None)
+    return sites
+
+
+def module_path(module: nn.Module) -> str:
+    """The canonical path of a bound module; the root's is empty."""
+    return canonical_path("/".join(module.path))
+
+
+def lifted_path(context: nn.module.InterceptorContext, caller: str | None) -> str | None:
+    """The path of a module whose class a lifted transform made, as Flax's set-up check announces it before the call.
+
+    The check is reported as a call of a lambda, on the transformed class (`ScanBlock`), without a path of its own.
+    """
+    module, cls = context.module, type(context.module)
+    if hasattr(cls, context.method_name) or not cls.__name__.startswith(_LIFTS):
+        return None
+    return canonical_path("/".join(filter(None, [caller, module.name])))
