@@ -24,6 +24,7 @@ class Frame:
 
     path: str
     found: Resolution
+    caller: Frame | None
     keys: contextlib.ExitStack
 
     @property
@@ -43,7 +44,7 @@ class Interceptor(contextlib.AbstractContextManager):
         self.rules = rules
         self.classes = dict(sites.classes)
         self.sites = sites
-        self.scanned = sites.scanned
+        self.may_carry = {path for path, transform in sites.lifted.items() if transform in ("Scan", "method")}
         self.frames: list[Frame] = []
         self.deliberate: dict[int, jax.Array] = {}
         self.keys = contextlib.ExitStack()
@@ -59,7 +60,8 @@ class Interceptor(contextlib.AbstractContextManager):
         lifted = lifted_path(context, caller.path if caller else None)
         if lifted is not None:
             keys = caller.keys if caller else self.keys
-            keys.enter_context(trace_key(self._subtree(lifted, caller)))
+            around = self._subtree(caller.path, caller.caller) if caller else None
+            keys.enter_context(trace_key((around, self._subtree(lifted, caller))))
         # Flax also reports lifted plain functions (RNN's scan_fn, remat of a lambda): not calls of the module.
         if module.scope is None or not hasattr(type(module), method) or method == "initialize_carry":
             return next_fun(*args, **kwargs)
@@ -75,13 +77,13 @@ class Interceptor(contextlib.AbstractContextManager):
         args, kwargs, carry = self._enter(module, path, args, kwargs, found)
         with contextlib.ExitStack() as keys:
             keys.enter_context(trace_key(self._subtree(path, caller)))
-            self.frames.append(Frame(path, found, keys))
+            self.frames.append(Frame(path, found, caller, keys))
             try:
                 with dressed(module, compute, **fields_for(module, compute)):
                     out = next_fun(*args, **kwargs)
             finally:
                 self.frames.pop()
-        if carry is not None:  # a loop's carry leaves with the dtypes it came with, or the loop does not type-check
+        if carry is not None and _returns_carry(out, carry):  # or the loop around this body does not type-check
             return (cast_like(out[0], carry), *self._hand_back(out[1:], found, caller))
         if isinstance(module, (nn.RNN, nn.Bidirectional)) and isinstance(out, tuple):  # (final carry, outputs)
             self.deliberate.update((id(x), x) for x in jax.tree.leaves(out[0]))
@@ -98,7 +100,7 @@ class Interceptor(contextlib.AbstractContextManager):
         if isinstance(module, nn.RNNCellBase):
             return (args[0], *cast_floating(args[1:], compute)), cast_floating(kwargs, compute), args[0]
         untouched = {name: kwargs[name] for name in kwargs if name == "initial_carry"}
-        carry = args[0] if path in self.scanned and args else None
+        carry = args[0] if path in self.may_carry and args else None
         return cast_floating(args, compute), cast_floating(kwargs, compute) | untouched, carry
 
     def _hand_back(self, out: Any, found: Resolution, caller: Frame | None) -> Any:
@@ -121,6 +123,14 @@ class Interceptor(contextlib.AbstractContextManager):
     def _subtree(self, path: str, caller: Frame | None) -> Any:
         """All that a trace of this module depends on: two modules with the same one may share a trace."""
         below = [p for p in self.sites.classes if p == path or p.startswith(path + "/") or not path]
-        table = tuple((p[len(path) :], self.rules.resolve(p, self.classes), p in self.scanned) for p in below)
+        table = tuple((p[len(path) :], self.rules.resolve(p, self.classes), p in self.may_carry) for p in below)
         border = None if caller is None else (caller.stream, caller.found.source)
         return (border, self.rules.default.output_dtype, table)
+
+
+def _returns_carry(out: Any, carry: Any) -> bool:
+    """Whether a result is (carry, rest): a pair whose first half has the structure and shapes of the carry that came in."""
+    if not isinstance(out, tuple) or len(out) != 2 or jax.tree.structure(out[0]) != jax.tree.structure(carry):
+        return False
+    pairs = zip(jax.tree.leaves(out[0]), jax.tree.leaves(carry), strict=True)
+    return all(np.shape(x) == np.shape(y) for x, y in pairs)

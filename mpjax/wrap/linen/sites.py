@@ -16,12 +16,15 @@ from mpjax.policy.patterns import lineage
 trace_key = jax.make_user_context(None)
 """Part of the key of every jit cache. `nn.jit` shares one trace among all layers of a class, whatever their paths."""
 
-_LIFTS = ("Scan", "Checkpoint", "Remat", "Jit", "Vmap")
+_LIFTS = ("Scan", "Checkpoint", "Remat", "Jit", "Vmap")  # prefixes that Flax gives to classes it lifts
 
 
 @dataclasses.dataclass
 class Sites:
-    """Classes by canonical path in calling order, and the paths of lifted modules with the transform's name."""
+    """Classes by canonical path in calling order, and the paths of lifted modules with the transform's name.
+
+    A transform that decorates a method, not a class, leaves no name behind: it is called `"method"`.
+    """
 
     classes: dict[str, type] = dataclasses.field(default_factory=dict)
     lifted: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -52,7 +55,7 @@ def record(call: Callable[[], Any]) -> Sites:
         module, cls = context.module, type(context.module)
         lifted = lifted_path(context, callers[-1] if callers else None)
         if lifted is not None:
-            sites.lifted[lifted] = next(name for name in _LIFTS if cls.__name__.startswith(name))
+            sites.lifted[lifted] = next((name for name in _LIFTS if cls.__name__.startswith(name)), "method")
             visits_key.append(trace_key((id(sites), next(visits))))  # every lifted body must be traced, none reused
             visits_key[-1].__enter__()
         if module.scope is None or not hasattr(cls, context.method_name):
@@ -81,11 +84,13 @@ def module_path(module: nn.Module) -> str:
 
 
 def lifted_path(context: nn.module.InterceptorContext, caller: str | None) -> str | None:
-    """The path of a module whose class a lifted transform made, as Flax's set-up check announces it before the call.
+    """The path of a module that a transform lifts, as Flax's set-up check announces it before the call.
 
-    The check is reported as a call of a lambda, on the transformed class (`ScanBlock`), without a path of its own.
+    The check is reported as a call of a lambda on the module, which has no path yet, only a name. (A lambda that the
+    user lifts inside the root has neither, and is no module of its own.)
     """
-    module, cls = context.module, type(context.module)
-    if hasattr(cls, context.method_name) or not cls.__name__.startswith(_LIFTS):
+    module = context.module
+    is_check = context.method_name == "<lambda>" and not hasattr(type(module), "<lambda>") and not module.path
+    if not is_check or (module.name is None and caller is not None):
         return None
     return canonical_path("/".join(filter(None, [caller, module.name])))
