@@ -1,8 +1,6 @@
 """The shared words: what each kind of pytree in this library is called."""
 
-from typing import Any
-
-from typing_extensions import TypeAlias
+from typing import Any, TypeAlias
 
 PyTree: TypeAlias = Any
 """Any nest of dicts, lists, tuples, dataclasses and None whose leaves are arrays."""

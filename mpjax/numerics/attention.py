@@ -105,6 +105,7 @@ def attention(
     if module is not None:
         module.sow("intermediates", "attention_weights", weights)
     if drops:
+        assert dropout_rng is not None, "dropout needs a key"
         shape = (1,) * (key.ndim - 2) + weights.shape[-2:] if broadcast_dropout else weights.shape
         keep = jax.random.bernoulli(dropout_rng, 1.0 - dropout_rate, shape).astype(compute)
         weights = weights * jnp.broadcast_to(keep / jnp.asarray(1.0 - dropout_rate, compute), weights.shape)
@@ -119,8 +120,9 @@ def _scores(query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Arra
 def fits_cudnn(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> bool:
     """Whether this runs on a GPU and cuDNN's fused kernel takes these shapes, `[batch, length, heads, depth]`.
 
-    Decided while tracing: jax refuses to trace the kernel on a machine that has no cuDNN. Its documented limits (cuDNN developer guide, "Fused Flash Attention", 2024): float16 or bfloat16, a depth that is a
-    multiple of 8 and at most 128. Lengths are held to multiples of 64: what is shorter gains nothing from it.
+    Decided while tracing: jax refuses to trace the kernel on a machine that has no cuDNN. Its documented limits (cuDNN
+    developer guide, "Fused Flash Attention", 2024): float16 or bfloat16, a depth that is a multiple of 8 and at most 128.
+    Lengths are held to multiples of 64: what is shorter gains nothing from it.
 
     >>> x = jnp.ones((1, 64, 2, 64), jnp.float32)
     >>> fits_cudnn(x, x, x, None)

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 Pattern: TypeAlias = str | type
-Sites: TypeAlias = Mapping[str, type]
-"""From each module's canonical path to its class; the root is `""`."""
+Sites: TypeAlias = Mapping[str, Any]
+"""From each module's canonical path to its class, or None where that is not known; the root is `""`."""
 
 REGEX = "re:"
 

@@ -143,7 +143,9 @@ def parse_keys(text: str, extra: tuple[str, ...] = ()) -> dict[str, str]:
         name = _KEYS.get(key, key if key in extra else None)
         if not equals or name is None:
             legal = ", ".join(("params", "compute", "output", *extra))
-            raise ValueError(f"Unknown key {key!r} in {text!r}; write key=dtype with the keys {legal} (p, c, o for short)")
+            raise ValueError(
+                f"Unknown key {key!r} in {text!r}; write key=dtype with the keys {legal} (p, c, o for short)"
+            )
         if name in found:
             raise ValueError(f"key {name!r} stands twice in {text!r}; give each of params, compute, output once")
         found[name] = value

@@ -38,7 +38,7 @@ class Table:
     rows: tuple[Row, ...]
 
     def __str__(self) -> str:
-        cells = [("path", "class", "rule", "params", "compute", "hands back", "note")]
+        cells: list[tuple[str, ...]] = [("path", "class", "rule", "params", "compute", "hands back", "note")]
         cells += [
             (r.path or "·", r.cls, r.rule, short_name(r.param), short_name(r.compute), r.hands_back, r.note)
             for r in self.rows
@@ -72,7 +72,7 @@ def resolution_table(
             back = short_name(found.policy.output_dtype) if found.rule.hands_back else "caller's"
         notes = ["scanned stack"] * (path in scanned) + ["input kept"] * found.rule.keeps_input
         rounds = rounded_at(path) if found.rule.hands_back else None
-        if rounds is not None and rules.resolve(rounds, sites).source != found.source:
+        if rounds is not None and not rules.resolve(rounds, sites).rule.hands_back:
             notes.append(f"rounded at {rounds!r}: name it with output= too")
         policy = found.policy
         rows.append(

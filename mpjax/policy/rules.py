@@ -66,7 +66,7 @@ class PolicyMap:
 
     def __init__(
         self,
-        rules: Mapping[Pattern, str | jmp.Policy] | None = None,
+        rules: Mapping[Any, str | jmp.Policy] | None = None,
         default: str | jmp.Policy = "mixed_bfloat16",
         islands: tuple[type, ...] = (),
     ):
@@ -76,7 +76,7 @@ class PolicyMap:
         object.__setattr__(self, "islands", tuple(islands))
 
     @staticmethod
-    def of(policy: str | jmp.Policy | PolicyMap | Mapping[Pattern, Any]) -> PolicyMap:
+    def of(policy: str | jmp.Policy | PolicyMap | Mapping[Any, Any]) -> PolicyMap:
         """A policy map from whatever names one: a map, a dict of rules, a policy, a string.
 
         >>> PolicyMap.of("mixed_float16").default.compute_dtype

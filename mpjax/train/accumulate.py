@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -120,12 +120,16 @@ def check_batch(batch: Batch, parts: int) -> None:
                 f"use a batch of {n // parts * parts or parts} rows, or another accumulate"
             )
     if parts > 1 and len(set(rows.values())) > 1:
-        raise ValueError(f"the batch cannot be cut: its leading axes differ, {rows}; give every leaf the same number of rows")
+        raise ValueError(
+            f"the batch cannot be cut: its leading axes differ, {rows}; give every leaf the same number of rows"
+        )
 
 
 def _read(out: Any, mstate: MState) -> tuple[jax.Array, jax.Array | None, Aux]:
     """(loss or sum, weight or None, aux) from any of the four forms that a loss function may return."""
-    loss, aux = (out[0], out[1]) if isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], Aux) else (out, None)
+    loss, aux = (
+        (out[0], out[1]) if isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], Aux) else (out, None)
+    )
     total, weight = loss if isinstance(loss, tuple) and len(loss) == 2 else (loss, None)
     if jnp.ndim(total) != 0 or (weight is not None and jnp.ndim(weight) != 0) or isinstance(total, (tuple, dict, list)):
         raise ValueError(
@@ -142,7 +146,7 @@ def _at_least_float32(x: Any) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _float32(metrics: dict[str, Any]) -> dict[str, jax.Array]:
+def _float32(metrics: Mapping[str, Any]) -> dict[str, jax.Array]:
     return {name: jnp.asarray(x).astype(jnp.float32) for name, x in metrics.items()}
 
 
@@ -158,9 +162,10 @@ def _without_sinks(new: MState, old: MState) -> MState:
 
 def as_stored(new: PyTree, old: PyTree, what: str) -> PyTree:
     """`new` in the dtypes of `old`, strongly typed: a state whose dtypes drift is compiled again at every step."""
-    if jax.tree.structure(new) != jax.tree.structure(old):
+    came: Any = jax.tree.structure(new)
+    if came != jax.tree.structure(old):
         raise ValueError(
-            f"{what} changed its structure in the step: {jax.tree.structure(new)} came where "
+            f"{what} changed its structure in the step: {came} came where "
             f"{jax.tree.structure(old)} is stored; return the tree that was passed in, with new values"
         )
     return jax.tree.map(lambda x, ref: jax.lax.convert_element_type(x, ref.dtype) if _has_dtype(ref) else x, new, old)

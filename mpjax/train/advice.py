@@ -78,5 +78,3 @@ def check_optimizer(optimizer: optax.GradientTransformation, params: Params, vie
             VanishingEpsilonWarning,
             stacklevel=3,
         )
-
-

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mpjax.core.model import Model
 from mpjax.core.dtypes import is_float
+from mpjax.core.model import Model
 from mpjax.core.struct import pytree_dataclass, static_field
 from mpjax.core.tree import cast_floating, cast_like, path_of
 from mpjax.core.types import DTypeLike, MState, Params, PyTree
@@ -30,7 +30,7 @@ class Aux(NamedTuple):
     """
 
     mstate: MState
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}  # noqa: RUF012 - the default of a NamedTuple, which nothing writes to
 
 
 @pytree_dataclass
@@ -165,7 +165,8 @@ def split_trainable(params: Params, mask: tuple[bool, ...] | None) -> tuple[Para
     """(trained, frozen): both with the structure of `params`, each with None where the other has the leaf."""
     if mask is None:
         return params, jax.tree.map(lambda x: None, params)
-    leaves, structure = jax.tree.flatten(params)
+    leaves = jax.tree.leaves(params)
+    structure: Any = jax.tree.structure(params)
     chosen = [x if keep else None for x, keep in zip(leaves, mask, strict=True)]
     rest = [None if keep else x for x, keep in zip(leaves, mask, strict=True)]
     return structure.unflatten(chosen), structure.unflatten(rest)

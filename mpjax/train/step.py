@@ -107,7 +107,11 @@ class TrainStep:
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """The state after this batch, and its metrics; both are on their way, nothing waits for them."""
-        if isinstance(state.step, jax.Array) and not isinstance(state.step, jax.core.Tracer) and state.step.is_deleted():
+        if (
+            isinstance(state.step, jax.Array)
+            and not isinstance(state.step, jax.core.Tracer)
+            and state.step.is_deleted()
+        ):
             raise ValueError(
                 "this TrainState was donated to an earlier step and is gone; go on with the state which that step "
                 "returned, or make the step with donate=False"

@@ -67,7 +67,7 @@ def wrap_linen(module: nn.Module, rules: PolicyMap, streams: tuple[str, ...]) ->
 
         stored = {name: cast_by_path(mstate[name], compute_dtype) for name in STORED_AS_COMPUTED if name in mstate}
         interceptor = Interceptor(rules, sites)
-        with interceptor, nn.intercept_methods(interceptor):
+        with interceptor, nn.override_named_call(False), nn.intercept_methods(interceptor):
             out, changed = run({"params": params, **mstate, **stored}, *args, **kwargs)
         return out, cast_like(dict(changed), dict(mstate)) if mstate else mstate
 

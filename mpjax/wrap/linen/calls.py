@@ -12,6 +12,7 @@ import numpy as np
 from flax import linen as nn
 
 from mpjax.core.dtypes import is_float
+from mpjax.core.scopes import scope_name
 from mpjax.core.tree import cast_floating, cast_like
 from mpjax.policy.rules import PolicyMap, Resolution
 from mpjax.wrap.linen.layers import UPCASTING_NORMS, dressed, fields_for
@@ -22,6 +23,7 @@ from mpjax.wrap.linen.sites import Sites, lifted_path, module_path, trace_key
 class Frame:
     """A module call in progress: where, under which resolution, and what its lifted children are traced under."""
 
+    module: nn.Module
     path: str
     found: Resolution
     caller: Frame | None
@@ -31,6 +33,11 @@ class Frame:
     def stream(self) -> np.dtype:
         """The dtype in which values flow between the modules that this one calls."""
         return self.found.policy.compute_dtype
+
+    @property
+    def enters_rule(self) -> bool:
+        """Whether this call is the border of its rule's subtree: it comes from under another rule, or from outside."""
+        return self.caller is None or self.caller.found.source != self.found.source
 
 
 class Interceptor(contextlib.AbstractContextManager):
@@ -44,7 +51,7 @@ class Interceptor(contextlib.AbstractContextManager):
         self.rules = rules
         self.classes = dict(sites.classes)
         self.sites = sites
-        self.may_carry = {path for path, transform in sites.lifted.items() if transform in ("Scan", "method")}
+        self.may_carry = {path for path, transforms in sites.lifted.items() if transforms & {"Scan", "method"}}
         self.frames: list[Frame] = []
         self.deliberate: dict[int, jax.Array] = {}
         self.keys = contextlib.ExitStack()
@@ -70,45 +77,49 @@ class Interceptor(contextlib.AbstractContextManager):
         found = self.rules.resolve(path, self.classes)
         compute = found.policy.compute_dtype
         if method == "setup":  # runs before the call that needs it, outside its frame, and may read params
-            with dressed(module, compute):
+            with jax.named_scope(scope_name(path)), dressed(module, compute):
                 return next_fun(*args, **kwargs)
         if caller is not None and caller.path == path:  # a helper method of the module that is running: its own affair
             return next_fun(*args, **kwargs)
-        args, kwargs, carry = self._enter(module, path, args, kwargs, found)
-        with contextlib.ExitStack() as keys:
-            keys.enter_context(trace_key(self._subtree(path, caller)))
-            self.frames.append(Frame(path, found, caller, keys))
+        with jax.named_scope(scope_name(path)):
+            return self._run(next_fun, args, kwargs, Frame(module, path, found, caller, contextlib.ExitStack()))
+
+    def _run(self, next_fun: Callable, args: tuple, kwargs: dict, frame: Frame) -> Any:
+        module = frame.module
+        args, kwargs, carry = self._enter(frame, args, kwargs)
+        with frame.keys:
+            frame.keys.enter_context(trace_key(self._subtree(frame.path, frame.caller)))
+            self.frames.append(frame)
             try:
-                with dressed(module, compute, **fields_for(module, compute)):
+                with dressed(module, frame.stream, **fields_for(module, frame.stream)):
                     out = next_fun(*args, **kwargs)
             finally:
                 self.frames.pop()
         if carry is not None and _returns_carry(out, carry):  # or the loop around this body does not type-check
-            return (cast_like(out[0], carry), *self._hand_back(out[1:], found, caller))
+            return (cast_like(out[0], carry), *self._hand_back(out[1:], frame))
         if isinstance(module, (nn.RNN, nn.Bidirectional)) and isinstance(out, tuple):  # (final carry, outputs)
             self.deliberate.update((id(x), x) for x in jax.tree.leaves(out[0]))
-        return self._hand_back(out, found, caller)
+        return self._hand_back(out, frame)
 
-    def _enter(self, module: nn.Module, path: str, args: tuple, kwargs: dict, found: Resolution) -> tuple:
+    def _enter(self, frame: Frame, args: tuple, kwargs: dict) -> tuple:
         """Arguments in the compute dtype, and the carry whose dtypes the results must restore (None outside loops)."""
-        compute = found.policy.compute_dtype
-        caller = self.frames[-1] if self.frames else None
-        if found.rule.keeps_input and (caller is None or caller.found.source != found.source):
+        module, compute = frame.module, frame.stream
+        if frame.found.rule.keeps_input and frame.enters_rule:
             return args, kwargs, None
         if isinstance(module, UPCASTING_NORMS) and compute.itemsize >= 4:
             return args, kwargs, None
         if isinstance(module, nn.RNNCellBase):
             return (args[0], *cast_floating(args[1:], compute)), cast_floating(kwargs, compute), args[0]
         untouched = {name: kwargs[name] for name in kwargs if name == "initial_carry"}
-        carry = args[0] if path in self.may_carry and args else None
+        carry = args[0] if frame.path in self.may_carry and args else None
         return cast_floating(args, compute), cast_floating(kwargs, compute) | untouched, carry
 
-    def _hand_back(self, out: Any, found: Resolution, caller: Frame | None) -> Any:
+    def _hand_back(self, out: Any, frame: Frame) -> Any:
         """Results in the caller's stream; `output=` acts where its rule's subtree is left, the default's at the root."""
-        leaves_rule = found.rule.hands_back and (caller is None or caller.found.source != found.source)
-        target = caller.stream if caller else self.rules.default.output_dtype
+        leaves_rule = frame.found.rule.hands_back and frame.enters_rule
+        target = frame.caller.stream if frame.caller else self.rules.default.output_dtype
         if leaves_rule:
-            target = found.policy.output_dtype
+            target = frame.found.policy.output_dtype
 
         def convert(x: Any) -> Any:
             if not is_float(x) or id(x) in self.deliberate:
@@ -130,7 +141,8 @@ class Interceptor(contextlib.AbstractContextManager):
 
 def _returns_carry(out: Any, carry: Any) -> bool:
     """Whether a result is (carry, rest): a pair whose first half has the structure and shapes of the carry that came in."""
-    if not isinstance(out, tuple) or len(out) != 2 or jax.tree.structure(out[0]) != jax.tree.structure(carry):
+    structure: Any = jax.tree.structure(carry)
+    if not isinstance(out, tuple) or len(out) != 2 or jax.tree.structure(out[0]) != structure:
         return False
     pairs = zip(jax.tree.leaves(out[0]), jax.tree.leaves(carry), strict=True)
     return all(np.shape(x) == np.shape(y) for x, y in pairs)

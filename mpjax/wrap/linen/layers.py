@@ -29,8 +29,8 @@ def dressed(module: nn.Module, reads_params_in: np.dtype | None, **fields: Any) 
     (`Scope._variables`), and no interceptor for `self.param`.
     """
     before = {name: getattr(module, name) for name in fields}
-    store: dict[str, Any] = module.scope._variables
-    own = module.scope._collection("params")
+    scope: Any = module.scope
+    store, own = scope._variables, scope._collection("params")
     vars(module).update(fields)
     if reads_params_in is not None:
         store["params"] = {

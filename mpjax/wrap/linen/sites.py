@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,23 +17,23 @@ from mpjax.policy.patterns import lineage
 trace_key = jax.make_user_context(None)
 """Part of the key of every jit cache. `nn.jit` shares one trace among all layers of a class, whatever their paths."""
 
-_LIFTS = ("Scan", "Checkpoint", "Remat", "Jit", "Vmap")  # prefixes that Flax gives to classes it lifts
+_LIFTED_NAME = re.compile(r"((?:Scan|Checkpoint|Remat|Jit|Vmap)+)[A-Z_]")
 
 
 @dataclasses.dataclass
 class Sites:
-    """Classes by canonical path in calling order, and the paths of lifted modules with the transform's name.
+    """Classes by canonical path in calling order, and the paths of lifted modules with the names of the transforms.
 
     A transform that decorates a method, not a class, leaves no name behind: it is called `"method"`.
     """
 
     classes: dict[str, type] = dataclasses.field(default_factory=dict)
-    lifted: dict[str, str] = dataclasses.field(default_factory=dict)
+    lifted: dict[str, set[str]] = dataclasses.field(default_factory=dict)
 
     @property
     def scanned(self) -> set[str]:
         """Paths whose layers are one traced body."""
-        return {path for path, transform in self.lifted.items() if transform == "Scan"}
+        return {path for path, transforms in self.lifted.items() if "Scan" in transforms}
 
     def rounded_at(self, path: str) -> str | None:
         """The ancestor that rounds what an `output=` rule at `path` hands back, if there is one.
@@ -49,13 +50,14 @@ class Sites:
 
 def record(call: Callable[[], Any]) -> Sites:
     """The sites that `call` visits; nothing is computed."""
-    sites, callers, visits = Sites(), [], itertools.count()
+    sites, visits = Sites(), itertools.count()
+    callers: list[str] = []
 
     def recorder(next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         module, cls = context.module, type(context.module)
         lifted = lifted_path(context, callers[-1] if callers else None)
         if lifted is not None:
-            sites.lifted[lifted] = next((name for name in _LIFTS if cls.__name__.startswith(name)), "method")
+            sites.lifted.setdefault(lifted, set()).update(_lifts(cls) or {"method"})
             visits_key.append(trace_key((id(sites), next(visits))))  # every lifted body must be traced, none reused
             visits_key[-1].__enter__()
         if module.scope is None or not hasattr(cls, context.method_name):
@@ -94,3 +96,9 @@ def lifted_path(context: nn.module.InterceptorContext, caller: str | None) -> st
     if not is_check or (module.name is None and caller is not None):
         return None
     return canonical_path("/".join(filter(None, [caller, module.name])))
+
+
+def _lifts(cls: type) -> set[str]:
+    """The transforms that made a class, which Flax names after them: `ScanCheckpointBlock`."""
+    found = _LIFTED_NAME.match(cls.__name__)
+    return set(re.findall("[A-Z][a-z]+", found[1])) if found else set()

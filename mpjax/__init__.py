@@ -1,0 +1,119 @@
+"""Mixed precision for Flax models in JAX: one policy by path, and a step that skips a bad update whole.
+
+Importing this package imports nothing else: each name below is fetched from its room when it is first used, so that
+`mpjax --help` need not wait for jax.
+
+>>> import mpjax
+>>> str(mpjax.get_policy("mixed_bfloat16"))
+'p=full,c=bf16,o=full'
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0.dev0"
+
+# The whole public surface: from room to names, then the names that are rooms themselves. (`mpjax.wrap` is a package
+# that can be called, since importing it binds its name here.) The block under TYPE_CHECKING says the same to type
+# checkers and editors; a test holds the two together.
+_ROOMS: dict[str, tuple[str, ...]] = {
+    "core.cautions": (
+        "MissingLossScaleWarning",
+        "PrecisionWarning",
+        "UnneededLossScaleWarning",
+        "VanishingEpsilonWarning",
+        "VanishingUpdateWarning",
+    ),
+    "core.dtypes": ("half_dtype",),
+    "core.model": ("Model",),
+    "core.tree": ("all_finite", "cast_floating", "select_tree"),
+    "measure.audit": ("audit",),
+    "numerics.loss_scale": (
+        "DynamicLossScale",
+        "LossScale",
+        "NoOpLossScale",
+        "StaticLossScale",
+        "dynamic_loss_scale",
+        "scaled_value_and_grad",
+        "static_loss_scale",
+    ),
+    "policy.hardware": ("hardware_half", "recommend"),
+    "policy.policy": ("Policy", "cast_to_full", "cast_to_half", "get_policy"),
+    "policy.rules": ("PolicyMap",),
+    "train.advice": ("check_optimizer",),
+    "train.evaluate": ("evaluate", "make_eval_step"),
+    "train.job": ("Job",),
+    "train.loop": ("FitResult", "Hook", "NonFiniteError", "fit"),
+    "train.seeds": ("Seeds", "epoch_batches", "seeds"),
+    "train.state": ("Aux", "TrainState"),
+    "train.step": ("make_train_step",),
+}
+_MODULES = {"losses": "numerics.losses", "wrap": "wrap"}
+_HOME = {name: room for room, names in _ROOMS.items() for name in names}
+
+__all__ = ["__version__", *sorted(_HOME | _MODULES)]
+
+if TYPE_CHECKING:
+    from mpjax.core.cautions import (
+        MissingLossScaleWarning as MissingLossScaleWarning,
+        PrecisionWarning as PrecisionWarning,
+        UnneededLossScaleWarning as UnneededLossScaleWarning,
+        VanishingEpsilonWarning as VanishingEpsilonWarning,
+        VanishingUpdateWarning as VanishingUpdateWarning,
+    )
+    from mpjax.core.dtypes import half_dtype as half_dtype
+    from mpjax.core.model import Model as Model
+    from mpjax.core.tree import (
+        all_finite as all_finite,
+        cast_floating as cast_floating,
+        select_tree as select_tree,
+    )
+    from mpjax.measure.audit import audit as audit
+    from mpjax.numerics import losses as losses
+    from mpjax.numerics.loss_scale import (
+        DynamicLossScale as DynamicLossScale,
+        LossScale as LossScale,
+        NoOpLossScale as NoOpLossScale,
+        StaticLossScale as StaticLossScale,
+        dynamic_loss_scale as dynamic_loss_scale,
+        scaled_value_and_grad as scaled_value_and_grad,
+        static_loss_scale as static_loss_scale,
+    )
+    from mpjax.policy.hardware import hardware_half as hardware_half, recommend as recommend
+    from mpjax.policy.policy import (
+        Policy as Policy,
+        cast_to_full as cast_to_full,
+        cast_to_half as cast_to_half,
+        get_policy as get_policy,
+    )
+    from mpjax.policy.rules import PolicyMap as PolicyMap
+    from mpjax.train.advice import check_optimizer as check_optimizer
+    from mpjax.train.evaluate import evaluate as evaluate, make_eval_step as make_eval_step
+    from mpjax.train.job import Job as Job
+    from mpjax.train.loop import FitResult as FitResult, Hook as Hook, NonFiniteError as NonFiniteError, fit as fit
+    from mpjax.train.seeds import Seeds as Seeds, epoch_batches as epoch_batches, seeds as seeds
+    from mpjax.train.state import Aux as Aux, TrainState as TrainState
+    from mpjax.train.step import make_train_step as make_train_step
+    from mpjax.wrap import wrap as wrap
+
+else:  # hidden from type checkers, which would take any name for granted
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            value = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+        elif name in _HOME:
+            value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+        else:
+            import difflib
+
+            near = difflib.get_close_matches(name, __all__, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "dir(mpjax) lists what it has"
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}; {hint}", name=name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,0 +1,40 @@
+"""How a module's path is written into the program, and read from it again."""
+
+from __future__ import annotations
+
+import re
+
+from mpjax.core.tree import canonical_path
+
+_MARK = re.compile(r"@([^/()]*)")
+_WRAPPED = re.compile(r"^\w+\((.*)\)$")
+
+
+def scope_name(path: str) -> str:
+    """The `jax.named_scope` under which a wrapped module runs: its whole canonical path, since jax may lose what is around it.
+
+    >>> scope_name("layers/0/attention"), scope_name("")
+    ('@layers.0.attention', '@')
+    """
+    return "@" + path.replace("/", ".")
+
+
+def path_in(name_stack: str) -> str:
+    """The canonical path of the module that runs an operation, from its name stack; "" where no module does.
+
+    The innermost mark counts. Without one (a Flax model that is not wrapped) Linen's own names are read, as well as that
+    goes: the root's class is dropped, and what a transform put around a name.
+
+    >>> path_in("transpose(jvp(@))/@layers.0/@layers.0.up"), path_in("jvp(LM)/layers_0/up")
+    ('layers/0/up', 'layers/0/up')
+    """
+    marks = _MARK.findall(name_stack)
+    if marks:
+        return marks[-1].replace(".", "/")
+    segments = []
+    for segment in name_stack.split("/"):
+        while found := _WRAPPED.match(segment):
+            segment = found[1]
+        if re.fullmatch(r"[A-Za-z]\w*(\.\w+)?", segment):  # an einsum leaves its formula behind
+            segments.append(segment.partition(".")[0])
+    return canonical_path("/".join(segments[1:]))

@@ -1,0 +1,91 @@
+"""Evaluation: weighted means over held-out batches, summed on the device and read once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mpjax.core.types import Batch, MState, Params, PyTree
+
+EvalFn = Callable[[Params, MState, Batch], dict[str, Any]]
+EvalStep = Callable[[Any, Batch], dict[str, tuple[jax.Array, jax.Array]]]
+
+
+def make_eval_step(eval_fn: EvalFn) -> EvalStep:
+    """A jitted `eval_step(state, batch) -> {name: (sum, weight)}`, both float32 scalars.
+
+    It evaluates `state.averaged_params`: the moving average where the state keeps one, else the params.
+
+    Args:
+      eval_fn: `eval_fn(params, mstate, batch)` returns metrics by name, each a scalar mean over the batch or a pair
+        `(sum, weight)`. A mean is given the number of rows as its weight, so that a ragged last batch counts as it should.
+
+    Raises:
+      ValueError: at the first call: a metric that is not a scalar, or a batch without rows.
+
+    >>> import optax
+    >>> from mpjax.core.model import Model
+    >>> from mpjax.train.state import TrainState
+    >>> model = Model(lambda rng, x: ({"w": jnp.ones(2)}, {}), lambda p, m, x, rng=None: (x @ p["w"], m))
+    >>> state = TrainState.create(model, optax.sgd(0.1), jax.random.key(0), jnp.ones((1, 2)))
+    >>> eval_step = make_eval_step(lambda p, m, x: {"mean": model.apply(p, m, x)[0].mean()})
+    >>> evaluate(eval_step, state, [jnp.ones((3, 2)), jnp.zeros((1, 2))])
+    {'mean': 1.5}
+    """
+
+    def eval_step(state: Any, batch: Batch) -> dict[str, tuple[jax.Array, jax.Array]]:
+        rows = [x.shape[0] for x in jax.tree.leaves(batch) if jnp.ndim(x) > 0]
+        if not rows or rows[0] == 0:
+            raise ValueError("an evaluation batch has 0 rows; give each at least one, or leave it out")
+        return {
+            name: _pair(name, value, rows[0])
+            for name, value in eval_fn(state.averaged_params, state.mstate, batch).items()
+        }
+
+    return jax.jit(eval_step)
+
+
+def _pair(name: str, value: Any, rows: int) -> tuple[jax.Array, jax.Array]:
+    total, weight = value if isinstance(value, tuple) else (value, None)
+    if jnp.ndim(total) != 0:
+        raise ValueError(f"metric {name!r} has shape {jnp.shape(total)}; legal is a scalar mean, or (sum, weight)")
+    total = jnp.asarray(total).astype(jnp.float32)
+    if weight is None:
+        return total * rows, jnp.float32(rows)
+    return total, jnp.asarray(weight).astype(jnp.float32)
+
+
+def evaluate(
+    eval_step: EvalStep, state: Any, batches: Iterable[Batch], cast: Callable[[Params], Params] | None = None
+) -> dict[str, float]:
+    """The weighted mean of each metric over all batches.
+
+    Args:
+      eval_step: from `make_eval_step`.
+      state: a `TrainState`; it is read, not donated.
+      batches: held-out batches; those of one shape share a compilation.
+      cast: casts params to their compute dtypes once, before the loop (`model.cast_params`), instead of in each batch.
+
+    Returns:
+      From name to mean; NaN where the total weight is zero.
+
+    Raises:
+      ValueError: no batches.
+    """
+    if cast is not None:
+        state = dataclasses.replace(state, params=jax.jit(cast)(state.averaged_params), ema=None)
+    total: PyTree = None
+    for batch in batches:
+        found = eval_step(state, batch)
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+    if total is None:
+        raise ValueError("got no evaluation batches; give at least one")
+    return {name: _ratio(*pair) for name, pair in jax.device_get(total).items()}
+
+
+def _ratio(total: float, weight: float) -> float:
+    return float(total / weight) if weight else float("nan")

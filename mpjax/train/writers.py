@@ -1,0 +1,102 @@
+"""Hooks that write metrics down: JSON lines, TensorBoard events, a progress bar."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from mpjax.train.loop import FitResult, Hook
+
+
+class JsonlWriter(Hook):
+    """One JSON object a line: `{"attempt": 3, "step": {...}}` for each step, `{"attempt": 3, "eval": {...}}` for each evaluation.
+
+    A number that JSON has no word for is written as the string "nan", "inf" or "-inf". Lines are appended and flushed as
+    they come, so that a run that dies keeps what it measured.
+
+    Args:
+      path: the file; its folder is made.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def on_step(self, attempt: int, metrics: dict[str, float]) -> None:
+        self._write(attempt, "step", metrics)
+
+    def on_eval(self, attempt: int, metrics: dict[str, float]) -> None:
+        self._write(attempt, "eval", metrics)
+        self._file.flush()
+
+    def on_end(self, result: FitResult) -> None:
+        self._file.close()
+
+    def _write(self, attempt: int, kind: str, metrics: dict[str, float]) -> None:
+        line = {"attempt": attempt, kind: {name: _word(value) for name, value in metrics.items()}}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+
+
+def _word(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+class TensorBoardWriter(Hook):
+    """TensorBoard events through tensorboardX: `train/NAME` for each step, `eval/NAME` for each evaluation.
+
+    Args:
+      folder: where the events file goes.
+
+    Raises:
+      ImportError: tensorboardX is not installed; it comes with `mpjax[experiments]`.
+    """
+
+    def __init__(self, folder: str | Path):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError as error:
+            raise ImportError(
+                "TensorBoardWriter needs tensorboardX; install mpjax[experiments], or leave it out"
+            ) from error
+        self._writer: Any = SummaryWriter(str(folder))
+
+    def on_step(self, attempt: int, metrics: dict[str, float]) -> None:
+        self._write("train", attempt, metrics)
+
+    def on_eval(self, attempt: int, metrics: dict[str, float]) -> None:
+        self._write("eval", attempt, metrics)
+
+    def on_end(self, result: FitResult) -> None:
+        self._writer.close()
+
+    def _write(self, kind: str, attempt: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(f"{kind}/{name}", value, attempt)
+
+
+class ProgressBar(Hook):
+    """A rich progress bar: attempts, loss, loss scale, skipped steps, time left.
+
+    Args:
+      attempts: how many the run will make.
+      name: what stands before the bar.
+    """
+
+    def __init__(self, attempts: int, name: str = "train"):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        fields = TextColumn("loss {task.fields[loss]}  scale {task.fields[scale]}  skipped {task.fields[skipped]}")
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), fields, TimeRemainingColumn())
+        self._bar = Progress(*columns)
+        self._task = self._bar.add_task(f"{name:>16}", total=attempts, loss="-", scale="-", skipped="-")
+        self._bar.start()
+
+    def on_step(self, attempt: int, metrics: dict[str, float]) -> None:
+        loss, scale, skipped = (metrics[name] for name in ("loss", "loss_scale", "skipped"))
+        self._bar.update(self._task, advance=1, loss=f"{loss:.4f}", scale=f"{scale:g}", skipped=f"{skipped:.0f}")
+
+    def on_end(self, result: FitResult) -> None:
+        self._bar.stop()

@@ -1,0 +1,75 @@
+"""The command line, as a user meets it: what it prints, on which stream, and its exit code."""
+
+from __future__ import annotations
+
+import pytest
+
+import mpjax
+from mpjax.cli import main
+from mpjax.policy.hardware import CHIPS
+
+
+def refused(argv: list[str]) -> int:
+    """The exit code of a call that tyro itself refuses or answers."""
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+def test_help_names_every_command(capsys):
+    assert refused(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "policy" in shown and "hardware" in shown
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mpjax {mpjax.__version__}\n"
+
+
+def test_policy_shows_three_dtypes_with_the_facts_of_each(capsys):
+    assert main(["policy", "p=f32, c=f16, o=bf16"]) == 0
+    shown = capsys.readouterr().out
+    assert "p=full,c=f16,o=bf16" in shown
+    rows = {line.split()[1]: line for line in shown.splitlines() if "float" in line}
+    assert list(rows) == ["param", "compute", "output"]
+    assert "float32" in rows["param"] and "3.40282e+38" in rows["param"]
+    # float16: largest 65504, smallest normal 2^-14, smallest 2^-24, eps 2^-10.
+    for fact in ("float16", "16", "65504", "6.1e-05", "5.96e-08", "0.000977"):
+        assert fact in rows["compute"]
+    assert "bfloat16" in rows["output"] and "0.00781" in rows["output"]
+
+
+@pytest.mark.parametrize("text", ["bf17", "c=bf16,c=f16", "q=f32"])
+def test_a_policy_that_does_not_parse_is_told_on_stderr(text, capsys):
+    assert main(["policy", text]) == 2
+    shown = capsys.readouterr()
+    with pytest.raises(ValueError) as said:
+        mpjax.get_policy(text)
+    assert shown.out == ""
+    assert shown.err == f"mpjax policy: {said.value}\n"
+
+
+@pytest.mark.parametrize("argv", [[], ["bake"], ["policy"], ["hardware", "--loud"]])
+def test_a_call_that_makes_no_sense_exits_with_2(argv, capsys):
+    assert refused(argv) == 2
+    assert capsys.readouterr().err
+
+
+def test_hardware_shows_every_chip_and_every_source(capsys):
+    assert main(["hardware"]) == 0
+    shown = capsys.readouterr().out
+    rows = {
+        line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:-1]]
+        for line in shown.splitlines()
+        if "│" in line
+    }
+    assert list(rows) == [chip.name for chip in CHIPS]
+    # float32, tf32, bfloat16, float16, …, begin with, sources
+    assert rows["V100"][2:4] == ["emulated", "125"] and rows["V100"][-2] == "mixed_float16 + loss scale"
+    assert rows["H100"][2:4] == ["989.4", "989.4"] and rows["H100"][-2] == "mixed_bfloat16"
+    footnotes = [line for line in shown.splitlines() if line[:2].strip().isdigit()]
+    for chip in CHIPS:
+        told = {footnotes[int(number) - 1][4:] for number in rows[chip.name][-1].split()}
+        assert told == set(chip.source) and told

@@ -1,0 +1,44 @@
+"""The ground that the other tests stand on is really there."""
+
+from __future__ import annotations
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+import mpjax
+
+
+def test_annotations_of_mpjax_are_checked():
+    with pytest.raises(jaxtyping.TypeCheckError):
+        mpjax.select_tree(jnp.ones(3, bool), 0, 0)
+
+
+def test_warnings_are_errors():
+    with pytest.raises(UserWarning):
+        warnings.warn("seen", stacklevel=1)
+
+
+def test_rank_promotion_raises():
+    with pytest.raises(ValueError, match="rank_promotion"):
+        jnp.ones(3) + jnp.ones((2, 3))
+
+
+def test_dtype_promotion_is_standard_outside_the_pure_floors():
+    assert (jnp.ones(2, jnp.bfloat16) + np.ones(2, np.float32)).dtype == jnp.float32
+
+
+def test_eight_devices_on_a_cpu():
+    if jax.default_backend() == "cpu":
+        assert len(jax.devices()) == 8
+
+
+@pytest.mark.gpu
+def test_a_gpu_multiplies():
+    x = jnp.ones((16, 16), jnp.bfloat16)
+    assert jax.devices()[0].platform == "gpu"
+    assert float((x @ x).sum()) == 16.0**3

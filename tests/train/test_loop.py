@@ -1,0 +1,503 @@
+"""The loop: it gives what a loop by hand gives, reads late, tells its hooks, and ends in order however it ends."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import mpjax.train.loop
+from mpjax.numerics.loss_scale import dynamic_loss_scale
+from mpjax.train.evaluate import evaluate, make_eval_step
+from mpjax.train.loop import FitResult, Hook, NonFiniteError, fit
+from mpjax.train.seeds import epoch_batches, seeds
+from mpjax.train.state import Aux, TrainState
+from mpjax.train.step import make_train_step
+from mpjax.train.writers import JsonlWriter, ProgressBar, TensorBoardWriter
+from tests.train.toys import (
+    Place,
+    clean_batch,
+    fingerprint,
+    held,
+    linear_model,
+    poisonable,
+    poisonable_loss,
+    poisoned_batch,
+)
+
+KEY = jax.random.key(3)
+MODEL = linear_model()
+OPTIMIZER = optax.adam(0.1)
+
+
+def loss_fn(params, mstate, batch, rng):
+    rows = jnp.square(MODEL.apply(params, mstate, batch["x"])[0] - batch["y"])
+    return rows.mean(), Aux(mstate, {"worst": rows.max()})
+
+
+STEP = make_train_step(loss_fn, OPTIMIZER)
+EVAL_STEP = make_eval_step(lambda params, mstate, batch: {"loss": loss_fn(params, mstate, batch, None)[0]})
+NAMES = {"attempt", "loss", "grad_norm", "grads_finite", "loss_scale", "skipped", "skipped_in_a_row", "worst"}
+
+
+def batch_of(attempt: int, bad: tuple[int, ...] = ()) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng((11, attempt))
+    y = np.full(4, np.nan) if attempt in bad else rng.normal(size=4)
+    return {"x": rng.normal(size=(4, 3)).astype(np.float32), "y": y.astype(np.float32)}
+
+
+EVAL_BATCHES = [batch_of(100), batch_of(101)]
+
+
+def new_state() -> TrainState:
+    return TrainState.create(MODEL, OPTIMIZER, KEY)
+
+
+def scripted(*values: float) -> Any:
+    """An eval step that reports these accuracies one after the other, each at its evaluation."""
+    left = iter(values)
+    return lambda state, batch: {"accuracy": (jnp.float32(next(left)), jnp.float32(1))}
+
+
+class Record(Hook):
+    """Everything that a hook is told, in order."""
+
+    def __init__(self, events: list | None = None):
+        self.events: list[tuple] = [] if events is None else events
+        self.result: FitResult | None = None
+
+    def on_step(self, attempt, metrics):
+        self.events.append(("step", attempt))
+
+    def on_state(self, attempt, state):
+        self.events.append(("state", attempt))
+
+    def on_eval(self, attempt, metrics):
+        self.events.append(("eval", attempt))
+
+    def on_end(self, result):
+        self.events.append(("end", result.stopped))
+        self.result = result
+
+
+# ---- what it gives ---------------------------------------------------------------------------------------------------
+
+
+def test_it_gives_what_a_loop_by_hand_gives():
+    state, rows = new_state(), []
+    for attempt in range(5):
+        state, metrics = STEP(state, batch_of(attempt))
+        rows.append({"attempt": attempt} | {name: float(x) for name, x in metrics.items()})
+    result = fit(STEP, new_state(), batch_of, attempts=5)
+    assert fingerprint(result.state) == fingerprint(state)
+    assert result.history == rows and set(rows[0]) == NAMES
+    assert (result.stopped, result.evaluations, result.best) == ("done", [], None)
+
+
+def test_the_history_is_plain_floats():
+    (row,) = fit(STEP, new_state(), batch_of, attempts=1).history
+    assert all(type(value) is float for name, value in row.items() if name != "attempt")
+
+
+def test_a_metric_that_is_not_one_number_stays_on_the_device():
+    def step(state, batch):
+        state, metrics = STEP(state, batch)
+        return state, metrics | {"histogram": jnp.zeros(3), "probe": {"layer": jnp.zeros(())}}
+
+    assert set(fit(step, new_state(), batch_of, attempts=2).history[1]) == NAMES
+
+
+def test_a_resumed_run_goes_on_where_it_was():
+    """Also over a skip: attempts index the data, so the bad batch is not fed again, and no good one is left out."""
+    fed: list[int] = []
+
+    def batches(attempt):
+        fed.append(attempt)
+        return batch_of(attempt, bad=(1,))
+
+    straight = fit(STEP, new_state(), batches, attempts=6)
+    half = fit(STEP, new_state(), batches, attempts=3)
+    assert (int(half.state.step), int(half.state.skipped)) == (2, 1)
+    resumed = fit(STEP, half.state, batches, attempts=6)
+    assert fed == [0, 1, 2, 3, 4, 5] + [0, 1, 2] + [3, 4, 5]
+    assert fingerprint(resumed.state) == fingerprint(straight.state)
+    np.testing.assert_equal(half.history + resumed.history, straight.history)  # nan equals nan
+
+
+def test_attempts_that_are_made_already_are_not_made_again():
+    state = fit(STEP, new_state(), batch_of, attempts=2).state
+    before, record = fingerprint(state), Record()
+    result = fit(STEP, state, batch_of, attempts=2, hooks=[record])
+    assert fingerprint(result.state) == before and result.history == []
+    assert record.events == [("end", "done")] and result.steps_per_second == 0.0
+
+
+def test_an_iterable_is_fed_in_order_and_not_drawn_from_in_vain():
+    left = iter([batch_of(attempt) for attempt in range(5)])
+    result = fit(STEP, new_state(), left, attempts=3)
+    assert result.history == fit(STEP, new_state(), batch_of, attempts=3).history
+    assert len(list(left)) == 2
+
+
+def test_the_end_of_the_data_ends_the_run():
+    result = fit(STEP, new_state(), [batch_of(0), batch_of(1)], attempts=9, eval_step=EVAL_STEP, eval_batches=EVAL_BATCHES)
+    assert result.stopped == "exhausted" and len(result.history) == 2
+    assert [found["attempt"] for found in result.evaluations] == [2]
+
+
+def test_it_learns_from_batches_of_epochs():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(32, 3)).astype(np.float32)
+    data = {"x": x, "y": x @ np.float32([1, -2, 0.5]) + np.float32(3)}
+    result = fit(STEP, new_state(), epoch_batches(data, 8, seeds(0)), attempts=200)
+    assert result.history[0]["loss"] > 5 and result.history[-1]["loss"] < 1e-2
+
+
+# ---- row 34: no host sync --------------------------------------------------------------------------------------------
+
+
+def test_a_step_is_read_after_the_next_is_dispatched():
+    events: list[tuple] = []
+
+    def step(state, batch):
+        events.append(("dispatch", sum(kind == "dispatch" for kind, _ in events)))
+        return STEP(state, batch)
+
+    fit(step, new_state(), batch_of, attempts=3, hooks=[Record(events)])
+    assert events == [
+        ("dispatch", 0), ("state", 0),
+        ("dispatch", 1), ("step", 0), ("state", 1),
+        ("dispatch", 2), ("step", 1), ("state", 2),
+        ("step", 2), ("end", "done"),
+    ]  # fmt: skip
+
+
+class Guard:
+    """A step after which any array-to-host conversion fails, unless it is of what an earlier dispatch gave.
+
+    `transfer_guard` sees no conversion on the CPU. All of jax's go through `ArrayImpl._value`; numpy's go there too for
+    an array on two devices, which has no buffer to look into. Waiting is refused as well, but for the first step, which
+    compiles, and the last.
+    """
+
+    def __init__(self, attempts: int, monkeypatch: pytest.MonkeyPatch):
+        self.attempts, self.dispatched = attempts, 0
+        self.latest: list[Any] = []
+        self.older: list[Any] = []
+        array = type(jnp.zeros(()))
+        value, wait, wait_all = array._value, array.block_until_ready, jax.block_until_ready
+
+        def read(x):
+            if 0 < self.dispatched < self.attempts and not any(x is y for y in self.older):
+                raise AssertionError(f"read after dispatch {self.dispatched}")
+            return value.fget(x)
+
+        def waiting(really):
+            def wait(x):
+                if 1 < self.dispatched < self.attempts:
+                    raise AssertionError(f"waited after dispatch {self.dispatched}")
+                return really(x)
+
+            return wait
+
+        monkeypatch.setattr(array, "_value", property(read))
+        monkeypatch.setattr(array, "block_until_ready", waiting(wait))
+        monkeypatch.setattr(jax, "block_until_ready", waiting(wait_all))
+
+    def __call__(self, state, batch):
+        self.older += self.latest
+        state, metrics = STEP(state, batch)
+        self.latest = jax.tree.leaves((state, metrics))
+        self.dispatched += 1
+        return state, metrics
+
+
+def on_two_devices(state: TrainState) -> TrainState:
+    return jax.device_put(state, NamedSharding(Mesh(np.array(jax.devices()[:2]), "d"), PartitionSpec()))
+
+
+def test_nothing_is_read_between_dispatches(monkeypatch, tmp_path):
+    """With every writer at work; the numbers are those of an unguarded run."""
+    plain = fit(STEP, new_state(), batch_of, attempts=6).history
+    hooks = [JsonlWriter(tmp_path / "metrics.jsonl"), TensorBoardWriter(tmp_path), ProgressBar(6), Record()]
+    step = Guard(6, monkeypatch)
+    result = fit(step, on_two_devices(new_state()), batch_of, attempts=6, hooks=hooks)
+    assert step.dispatched == 6 and result.history == plain
+
+
+READERS = {
+    "float": float, "int": int, "bool": bool, "item": lambda x: x.item(), "tolist": lambda x: x.tolist(), "str": str,
+    "format": "{:.2f}".format, "asarray": np.asarray, "isfinite": np.isfinite, "float32": np.float32,
+    "device_get": jax.device_get, "compare": lambda x: 1 if x < 3 else 0, "wait": lambda x: x.block_until_ready(),
+    "wait_all": lambda x: jax.block_until_ready((x, x)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_the_guard_catches_whoever_reads(reader, monkeypatch):
+    class Reader(Hook):
+        def on_state(self, attempt, state):
+            if attempt == 1:
+                READERS[reader](state.step)
+
+    with pytest.raises(AssertionError, match="after dispatch 2"):
+        fit(Guard(4, monkeypatch), on_two_devices(new_state()), batch_of, attempts=4, hooks=[Reader()])
+
+
+# ---- row 19: an endless NaN feed -------------------------------------------------------------------------------------
+
+POISON_OPTIMIZER = optax.sgd(0.01, momentum=0.9)
+POISON_STEP = make_train_step(poisonable_loss, POISON_OPTIMIZER)
+
+
+def poison_state() -> TrainState:
+    return TrainState.create(poisonable, POISON_OPTIMIZER, KEY, loss_scale=dynamic_loss_scale(2.0**10))
+
+
+def fed_poison(place: Place, good: int, **options: Any) -> tuple[FitResult, str]:
+    """What a run held when it gave up on batches that are poisoned after `good` ones, and what it said."""
+    record = Record()
+    with pytest.raises(NonFiniteError) as caught:
+        fit(
+            POISON_STEP, poison_state(), lambda n: clean_batch(n) if n < good else poisoned_batch(place, np.nan),
+            attempts=1000, hooks=[record], **options,
+        )  # fmt: skip
+    assert record.result is not None and record.events[-1][0] == "end"
+    return record.result, str(caught.value)
+
+
+@pytest.mark.parametrize("leaf", ["layers/0/bias", "layers/0/kernel", "out"])
+def test_an_endless_nan_feed_ends_in_an_error_that_names_the_leaf(leaf):
+    """Row 19. 2 good steps, then 4 skips: the fourth was made at scale 2¹⁰ / 2³; by then a fifth is dispatched."""
+    index = {"layers/0/bias": (1,), "layers/0/kernel": (0, 1), "out": ()}[leaf]
+    result, message = fed_poison(Place("grads", leaf, index), 2, max_consecutive_skips=4)
+    good = fit(POISON_STEP, poison_state(), clean_batch, attempts=2).state
+    assert held(result.state) == held(good)
+    assert "4 steps in a row" in message and "at step 2," in message and "loss scale 128;" in message
+    assert f"first non-finite gradient leaf: {leaf};" in message
+    assert [row["skipped_in_a_row"] for row in result.history] == [0, 0, 1, 2, 3, 4]
+
+
+def test_where_no_gradient_is_bad_the_error_says_so():
+    """Row 19, with a NaN in the batch statistics only."""
+    _, message = fed_poison(Place("stats", "mean", (0,)), 1, max_consecutive_skips=2)
+    assert "all gradients are finite" in message and "2 steps in a row" in message
+
+
+def test_fifty_skips_in_a_row_are_too_many():
+    result, message = fed_poison(Place("loss", "", ()), 0)
+    assert len(result.history) == 50 and "50 steps in a row" in message
+    record, bad = Record(), poisoned_batch(Place("loss", "", ()), np.nan)
+    fit(POISON_STEP, poison_state(), lambda n: clean_batch() if n == 49 else bad, attempts=99, hooks=[record])
+    assert record.result.stopped == "done" and record.result.history[-1]["skipped"] == 98
+
+
+def test_skips_before_a_resume_count():
+    bad = poisoned_batch(Place("loss", "", ()), np.nan)
+    state = fit(POISON_STEP, poison_state(), lambda n: bad, attempts=3).state
+    with pytest.raises(NonFiniteError, match="5 steps in a row"):
+        fit(POISON_STEP, state, lambda n: bad, attempts=9, max_consecutive_skips=5)
+
+
+def test_a_nonfinite_error_is_a_floating_point_error():
+    assert issubclass(NonFiniteError, FloatingPointError)
+
+
+# ---- hooks -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_hook_sees_each_state_alive_once():
+    seen = []
+
+    class Copy(Hook):
+        def on_state(self, attempt, state):
+            assert not any(x.is_deleted() for x in jax.tree.leaves(state))
+            seen.append((attempt, int(state.step), np.asarray(state.params["w"])))
+
+    result = fit(STEP, new_state(), batch_of, attempts=3, hooks=[Copy(), Hook()])
+    assert [(attempt, step) for attempt, step, _ in seen] == [(0, 1), (1, 2), (2, 3)]
+    assert np.array_equal(seen[2][2], result.state.params["w"]) and not np.array_equal(seen[1][2], seen[2][2])
+
+
+def test_a_hook_gets_the_metrics_of_the_history():
+    told = []
+
+    class Listen(Hook):
+        def on_step(self, attempt, metrics):
+            told.append({"attempt": attempt, **metrics})
+
+        def on_eval(self, attempt, metrics):
+            told.append({"attempt": attempt, **metrics})
+
+    result = fit(
+        STEP, new_state(), batch_of, attempts=2, eval_step=EVAL_STEP, eval_batches=EVAL_BATCHES, hooks=[Listen()]
+    )
+    assert told == result.history + result.evaluations
+
+
+def test_hooks_hear_of_an_evaluation_after_the_steps_before_it():
+    record = Record()
+    fit(
+        STEP, new_state(), batch_of, attempts=3, hooks=[record],
+        eval_step=EVAL_STEP, eval_batches=EVAL_BATCHES, eval_every=2,
+    )  # fmt: skip
+    assert [event for event in record.events if event[0] != "state"] == [
+        ("step", 0), ("step", 1), ("eval", 2), ("step", 2), ("eval", 3), ("end", "done"),
+    ]  # fmt: skip
+
+
+def test_hooks_hear_of_the_end_also_after_an_error():
+    def batches(attempt):
+        if attempt == 2:
+            raise OSError("disk")
+        return batch_of(attempt)
+
+    record = Record()
+    with pytest.raises(OSError, match="disk"):
+        fit(STEP, new_state(), batches, attempts=9, hooks=[record])
+    assert [event for event in record.events if event[0] == "end"] == [("end", "done")]
+    assert int(record.result.state.step) == 2
+
+
+# ---- evaluation, best, patience --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("every", "attempts", "expected"),
+    [(0, 4, [4]), (2, 4, [2, 4]), (2, 5, [2, 4, 5]), (9, 4, [4]), (1, 2, [1, 2])],
+)
+def test_it_evaluates_every_so_often_and_at_the_end(every, attempts, expected):
+    result = fit(
+        STEP, new_state(), batch_of, attempts=attempts,
+        eval_step=EVAL_STEP, eval_batches=EVAL_BATCHES, eval_every=every,
+    )  # fmt: skip
+    assert [found["attempt"] for found in result.evaluations] == expected
+    assert result.evaluations[-1]["loss"] == evaluate(EVAL_STEP, result.state, EVAL_BATCHES)["loss"]
+
+
+def test_evaluation_changes_nothing():
+    options = {"eval_step": EVAL_STEP, "eval_batches": EVAL_BATCHES, "eval_every": 1}
+    with_it = fit(STEP, new_state(), batch_of, attempts=3, **options)
+    without = fit(STEP, new_state(), batch_of, attempts=3)
+    assert fingerprint(with_it.state) == fingerprint(without.state) and with_it.history == without.history
+
+
+def test_params_are_cast_for_evaluation_only():
+    options = {"eval_step": EVAL_STEP, "eval_batches": EVAL_BATCHES}
+    result = fit(STEP, new_state(), batch_of, attempts=2, cast=lambda p: jax.tree.map(jnp.zeros_like, p), **options)
+    assert result.evaluations[0]["loss"] == evaluate(EVAL_STEP, new_state(), EVAL_BATCHES)["loss"]  # its params are 0
+    assert np.any(np.asarray(result.state.params["w"]))
+
+
+@pytest.mark.parametrize(
+    ("best", "values", "expected"),
+    [
+        ("accuracy", (0.25, 0.75, 0.5), (0.75, 2)),
+        ("-accuracy", (0.25, 0.75, 0.5), (0.25, 1)),
+        ("accuracy", (0.5, 0.5, 0.5), (0.5, 1)),
+        ("-accuracy", (0.5, 0.5, 0.25), (0.25, 3)),
+    ],
+)
+def test_the_best_value_is_the_first_of_the_greatest_or_smallest(best, values, expected):
+    result = fit(
+        STEP, new_state(), batch_of, attempts=3,
+        eval_step=scripted(*values), eval_batches=EVAL_BATCHES[:1], eval_every=1, best=best,
+    )  # fmt: skip
+    assert result.best == expected and result.stopped == "done"
+
+
+@pytest.mark.parametrize(
+    ("patience", "values", "attempts"),
+    [(1, (0.5, 0.25), 2), (2, (0.25, 0.5, 0.5, 0.25), 4), (2, (0.25, 0.125, 0.5, 0.25, 0.75, 0.5, 0.625), 7)],
+)
+def test_patience_counts_evaluations_since_the_best(patience, values, attempts):
+    record = Record()
+    result = fit(
+        STEP, new_state(), batch_of, attempts=50, hooks=[record], best="accuracy", patience=patience,
+        eval_step=scripted(*values), eval_batches=EVAL_BATCHES[:1], eval_every=1,
+    )  # fmt: skip
+    assert result.stopped == "early" and record.events[-1] == ("end", "early")
+    assert len(result.history) == len(result.evaluations) == int(result.state.step) == attempts
+
+
+def test_settings_that_do_not_fit_are_refused_before_the_first_step():
+    def untouched(state, batch):
+        raise AssertionError("a step was made")
+
+    for options in ({"eval_every": 2}, {"best": "loss"}, {"best": "loss", "patience": 1}):
+        with pytest.raises(ValueError, match=r"came without eval_step; give one from make_eval_step"):
+            fit(untouched, new_state(), batch_of, attempts=2, **options)
+    with pytest.raises(ValueError, match=r"patience came without best; name the metric to watch"):
+        fit(untouched, new_state(), batch_of, attempts=2, eval_step=EVAL_STEP, patience=1)
+
+
+def test_a_best_that_is_no_metric_is_named():
+    with pytest.raises(ValueError, match=r"best='-los' names no metric of the evaluation; legal are loss, or -NAME"):
+        fit(STEP, new_state(), batch_of, attempts=1, eval_step=EVAL_STEP, eval_batches=EVAL_BATCHES, best="-los")
+
+
+def test_evaluations_are_logged(caplog):
+    with caplog.at_level(logging.INFO, "mpjax"):
+        fit(STEP, new_state(), batch_of, attempts=1, eval_step=scripted(0.5), eval_batches=EVAL_BATCHES[:1])
+    assert [(r.name, r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("mpjax", "INFO", "1 attempts: accuracy 0.5")
+    ]
+
+
+# ---- Ctrl-C, and the clock -------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_ends_the_run_with_what_was_measured(caplog):
+    def batches(attempt):
+        if attempt == 3:
+            raise KeyboardInterrupt
+        return batch_of(attempt)
+
+    record = Record()
+    result = fit(
+        STEP, new_state(), batches, attempts=9, hooks=[record],
+        eval_step=EVAL_STEP, eval_batches=EVAL_BATCHES, eval_every=2,
+    )  # fmt: skip
+    assert result.stopped == "interrupted" and record.events[-1] == ("end", "interrupted")
+    assert int(result.state.step) == 3 and [found["attempt"] for found in result.evaluations] == [2]
+    assert [row["attempt"] for row in result.history][:2] == [0, 1]
+    assert "interrupted" in caplog.text
+
+
+class Hours:
+    """A clock that moves only when told to, in place of the module `time` in the loop."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now = 0.0
+        monkeypatch.setattr(mpjax.train.loop, "time", self)
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def slow(self, function: Any, seconds: list[float]) -> Any:
+        def slowed(*args):
+            self.now += seconds.pop(0) if len(seconds) > 1 else seconds[0]
+            return function(*args)
+
+        return slowed
+
+
+@pytest.mark.parametrize("every", [0, 1, 2])
+def test_speed_counts_neither_the_first_step_nor_evaluations(every, monkeypatch):
+    """The first step takes 100 seconds, each later one half a second, each evaluation 30."""
+    clock = Hours(monkeypatch)
+    step, eval_step = clock.slow(STEP, [100.0, 0.5]), clock.slow(EVAL_STEP, [30.0])
+    result = fit(
+        step, new_state(), batch_of, attempts=5, eval_step=eval_step, eval_batches=EVAL_BATCHES, eval_every=every
+    )
+    assert result.steps_per_second == 2.0
+
+
+def test_one_step_has_no_speed():
+    assert fit(STEP, new_state(), batch_of, attempts=1).steps_per_second == 0.0

@@ -1,0 +1,160 @@
+"""Every model of the zoo under every policy: the dtype of each product, exp and reduction is read off the jaxpr."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import mpjax
+from mpjax.measure.audit import audit
+from mpjax.measure.residuals import saved_residual_bytes
+from tests.wrap.zoo import CASES, Case
+
+RUN = [case for case in CASES if case.name in ("lm scan+remat", "convolutions", "LSTMCell", "attention")]
+"""Compiled and run: one of each kind. All others are read without being run."""
+
+HALVES = {"mixed_bfloat16": "bfloat16", "mixed_float16": "float16"}
+
+
+@functools.cache
+def prepared(case: Case, policy: str):
+    """(loss of params, params, mstate, apply) of a case under a policy; params are abstract, nothing is computed."""
+    model = mpjax.wrap(case.module, policy)
+    params, mstate = jax.eval_shape(model.init, jax.random.key(0), case.sample)
+    rng = jax.random.key(3) if case.train else None
+
+    def apply(params, mstate):
+        return model.apply(params, mstate, case.sample, rng=rng, train=case.train or None)
+
+    return functools.partial(loss, apply), params, mstate, apply
+
+
+def loss(apply, params, mstate):
+    """A scalar that every float output of the model reaches."""
+    outputs = [x for x in jax.tree.leaves(apply(params, mstate)[0]) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return sum(jnp.sin(x.astype(jnp.float32)).sum() for x in outputs)
+
+
+def by_hand(case: Case):
+    """The loss of the twin that was written in bfloat16 by hand, over the same float32 params."""
+    rngs = {"dropout": jax.random.key(3)} if case.train else {}
+    train = {"train": True} if case.train else {}
+
+    def apply(params, mstate):
+        variables = {"params": params, **mstate}
+        return case.by_hand.apply(variables, case.sample, rngs=rngs, mutable=list(mstate), **train)
+
+    return functools.partial(loss, apply)
+
+
+@pytest.mark.parametrize("policy", HALVES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_products_run_in_half_forward_and_backward(case, policy):
+    """Every dot and convolution has two half-precision operands, in the backward pass too."""
+    loss_fn, params, mstate, _ = prepared(case, policy)
+    found = audit(jax.grad(loss_fn), params, mstate)
+    products = [op for op in found.ops if op.kind in ("dot", "conv")]
+    other = [op for op in products if set(op.operands) != {HALVES[policy]}]
+    assert len(products) > len(other) == case.float32_matrix_products, [str(op) for op in other]
+    assert all(set(op.operands) == {"float32"} for op in other)
+
+
+@pytest.mark.parametrize("policy", HALVES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_islands_run_in_float32(case, policy):
+    """Every exp and every sum of the forward pass is float32: softmax, and the statistics of norms."""
+    loss_fn, params, mstate, _ = prepared(case, policy)
+    found = audit(loss_fn, params, mstate)
+    narrow = [
+        op for op in found.ops if op.kind in ("exp", "reduce") and not set(op.operands) <= {"float32", "bool", "int32"}
+    ]
+    assert not [str(op) for op in narrow]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_gradients_outputs_and_statistics_are_float32(case):
+    """Gradients arrive in the master dtype, the output in the policy's, and other collections as they were."""
+    loss_fn, params, mstate, apply = prepared(case, "mixed_bfloat16")
+    gradients = jax.eval_shape(jax.grad(loss_fn), params, mstate)
+    output, new = jax.eval_shape(apply, params, mstate)
+    assert {str(x.dtype) for x in jax.tree.leaves((params, gradients))} == {"float32"}
+    assert {str(x.dtype) for x in jax.tree.leaves(output)} == {"float32"}
+    assert jax.tree.map(lambda x: x.dtype, new) == jax.tree.map(lambda x: x.dtype, mstate)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.by_hand], ids=lambda case: case.name)
+def test_residuals_are_those_of_the_model_by_hand(case):
+    """The backward pass keeps at most 1.05 of the bytes that the same model written in bfloat16 by hand keeps."""
+    loss_fn, params, mstate, _ = prepared(case, "mixed_bfloat16")
+    ours = saved_residual_bytes(lambda p: loss_fn(p, mstate_of(mstate)), params)
+    theirs = saved_residual_bytes(lambda p: by_hand(case)(p, mstate_of(mstate)), params)
+    assert 0 < ours <= 1.05 * theirs
+
+
+def mstate_of(shapes):
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+@pytest.mark.parametrize("case", RUN, ids=lambda case: case.name)
+def test_a_float32_policy_changes_nothing(case):
+    """Under float32 the wrapped model is the bare Flax model, bit for bit where the sums are the same."""
+    model = mpjax.wrap(case.module, "float32")
+    params, mstate = jax.jit(model.init)(jax.random.key(0), case.sample)
+    rng = jax.random.key(3) if case.train else None
+    found = jax.jit(lambda p, m: model.apply(p, m, case.sample, rng=rng, train=case.train or None)[0])(params, mstate)
+    rngs = {} if rng is None else {"params": jax.random.fold_in(rng, 0), "dropout": jax.random.fold_in(rng, 1)}
+    train = {"train": True} if case.train else {}
+    bare = functools.partial(case.module.apply, mutable=list(mstate), **train)
+    wanted, _ = jax.jit(lambda v: bare(v, case.sample, rngs=rngs))({"params": params, **mstate})
+    # Attention and the jitted layers sum in another order: each of a few dozen roundings costs half an ulp.
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(wanted))
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=32 * np.finfo(np.float32).eps * scale)
+
+
+@pytest.mark.parametrize("policy", HALVES)
+@pytest.mark.parametrize("case", RUN, ids=lambda case: case.name)
+def test_half_precision_runs_and_stays_near_float32(case, policy):
+    """The real thing, compiled: finite, and within the format's rounding of the float32 model."""
+    model = mpjax.wrap(case.module, policy)
+    reference = mpjax.wrap(case.module, "float32")
+    params, mstate = jax.jit(reference.init)(jax.random.key(0), case.sample)
+    rng = jax.random.key(3) if case.train else None
+
+    def run(model):
+        out = jax.jit(lambda p, m: model.apply(p, m, case.sample, rng=rng, train=case.train or None)[0])(params, mstate)
+        return np.concatenate([np.ravel(x) for x in jax.tree.leaves(out)])
+
+    found, wanted = run(model), run(reference)
+    # A few dozen roundings of eps / 2 each, some of which add up: 16 eps of the largest output covers every model here.
+    assert np.abs(found - wanted).max() <= 16 * float(jnp.finfo(HALVES[policy]).eps) * np.abs(wanted).max()
+    assert np.abs(found - wanted).max() > 0
+
+
+def test_the_audit_fails_with_the_wrap_taken_out():
+    """What these tests read is not true of a bare model."""
+    case = CASES[0]
+    params = jax.eval_shape(case.module.init, jax.random.key(0), case.sample)
+    found = audit(lambda p: case.module.apply(p, case.sample), params)
+    assert {dtype for op in found.ops if op.kind == "dot" for dtype in op.operands} == {"float32"}
+
+
+def test_modules_under_nn_jit_obey_their_own_rules():
+    """`nn.jit` shares one trace among layers of a class; two layers under two rules must not share one."""
+    from tests.wrap.zoo import SEQUENCE, Dense2, Inner, InnerJit
+
+    for layer in (nn.jit(Inner), InnerJit):
+        for rules, wanted in (
+            ({"a": "compute=float16"}, {"a": "float16", "b": "bfloat16"}),
+            ({"b/dense": "compute=float32"}, {"a": "bfloat16", "b": "float32"}),
+            ({}, {"a": "bfloat16", "b": "bfloat16"}),
+        ):
+            model = mpjax.wrap(Dense2(layer), rules)
+            params, mstate = jax.eval_shape(model.init, jax.random.key(0), SEQUENCE)
+            found = audit(model.apply, params, mstate, SEQUENCE).select("dot")
+            assert [op.operands[0] for op in found.ops] == [wanted["a"], wanted["b"]]
