@@ -32,7 +32,7 @@ class Config:
 
     policies: tuple[str, ...] = ("float32", "mixed_bfloat16", "mixed_float16", "by_path")
     """Policy strings, or by_path for the map above; the first is the reference."""
-    steps: int = 300
+    steps: int = 240
     """Optimizer steps for each policy."""
     batch_size: int = 128
     """Images a step."""
@@ -44,11 +44,11 @@ class Config:
     """Largest global gradient norm."""
     width: int = 64
     """Features a token."""
-    depth: int = 4
+    depth: int = 3
     """Transformer blocks."""
     heads: int = 4
     """Attention heads."""
-    eval_every: int = 100
+    eval_every: int = 60
     """Steps between evaluations."""
     seed: int = 0
     """Init, data order and rng are derived from it (mpjax.seeds)."""

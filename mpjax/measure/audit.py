@@ -42,8 +42,8 @@ class Op:
       path: canonical path of the module that runs it, "" for the root and outside of any module. Layers that share one
         trace (`nn.jit`) stand at the path of the first.
       flops: multiply-adds counted as two, for one execution; 0 for what is not a product.
-      times: how often it runs: the lengths of the scans around it, times the devices of a shard_map or the grid of a Pallas
-        kernel. 0 in those branches of a cond that are not the dearest.
+      times: how often it runs: the lengths of the scans around it, times the devices of a shard_map or the grid of a
+        Pallas kernel. 0 in those branches of a cond that are not the dearest.
       in_while: whether a while loop is around it, whose trips no jaxpr tells: it counts as one.
     """
 
@@ -123,9 +123,10 @@ def audit(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Audit:
     """Read off the jaxpr of `fn` which products, exps, reductions and casts it runs, and in which dtype.
 
     The function is traced, not run and not changed. Jaxprs inside jit, scan, while, cond, remat, custom derivatives and
-    shard_map are read too: a scan's body counts its length, the dearest branch of a cond counts (all are listed), a while
-    loop's body counts once. What XLA makes of the program later is not seen (its fusions, what it drops because nothing
-    uses it, a float32 product on tensor cores in TF32), nor is the inside of a foreign kernel such as cuDNN's attention.
+    shard_map are read too: a scan's body counts its length, the dearest branch of a cond counts (all are listed), a
+    while loop's body counts once. What XLA makes of the program later is not seen (its fusions, what it drops because
+    nothing uses it, a float32 product on tensor cores in TF32), nor the inside of a foreign kernel such as cuDNN's
+    attention.
 
     Args:
       fn: any function that jax can trace; for the backward pass give `jax.grad(loss)`.

@@ -11,7 +11,7 @@ def step_memory(compiled: Any) -> dict[str, int]:
     They are those of one device, and what a run holds at its peak is at most arguments + outputs − shared + temp.
 
     Args:
-      compiled: what `jax.jit(f).lower(...)` gives, compiled or not; for a train step `step.lower(state, batch).compile()`.
+      compiled: what `jax.jit(f).lower(...)` gives, compiled or not; for a train step `step.lower(state, batch)`.
 
     Returns:
       `temp`, `arguments`, `outputs` and `shared` (outputs that take the memory of a donated argument), each in bytes.

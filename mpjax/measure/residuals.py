@@ -14,10 +14,10 @@ from mpjax.core.tree import nbytes
 def saved_residual_bytes(fn: Callable[..., Any], *args: Any) -> int:
     """Bytes that the backward pass of `fn` keeps from its forward pass, beyond the arguments and constants themselves.
 
-    `jax.vjp` is traced abstractly: its pullback is a pytree whose leaves are what is kept. A leaf that is an argument, or
-    an array that `fn` closes over, costs nothing more and is not counted; the same array kept twice counts once. XLA may
-    still keep less (it rematerialises) but not know of more. It is the sum of what `jax.ad_checkpoint.print_saved_residuals`
-    prints, whose data jax does not give out.
+    `jax.vjp` is traced abstractly: its pullback is a pytree whose leaves are what is kept. A leaf that is an argument,
+    or an array that `fn` closes over, costs nothing more and is not counted; the same array kept twice counts once. It
+    is the sum of what `jax.ad_checkpoint.print_saved_residuals` prints, whose data jax does not give out. XLA may keep
+    less (it rematerialises), not know of more.
 
     Args:
       fn: any differentiable function.

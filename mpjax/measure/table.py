@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -19,7 +20,7 @@ Column: TypeAlias = tuple[str, bool, list[list[str]]]
 """Its header, whether it holds numbers, and for each row the lines of its cell."""
 
 _UNIT_OF_WORD = {
-    **dict.fromkeys(("accuracy", "share", "shares", "fraction"), "%"),
+    **dict.fromkeys(("accuracy", "share", "fraction", "vanished"), "%"),
     **dict.fromkeys(("memory", "bytes"), "bytes"),
     **dict.fromkeys(("deviation", "error", "difference"), "scientific"),
 }
@@ -34,8 +35,8 @@ def policy_table(
 
     Rows hold plain numbers in base units, and a column says how they are shown: fractions as percent, bytes as KiB to
     TiB (one prefix for a column), `scientific` as 1.23e-05, other floats with four digits. The unit stands in the
-    header. It follows from a word in the key (accuracy, share, fraction: %; memory, bytes: bytes; deviation, error,
-    difference: scientific) unless `units` says otherwise or the key ends with a unit of its own, as `rate (img/s)`
+    header. It follows from a word in the key (accuracy, share, fraction, vanished: %; memory, bytes: bytes; deviation,
+    error, difference: scientific) unless `units` says otherwise or the key ends with a unit of its own, as `rate (img/s)`
     does. A dict is a whole cut into fractions, such as FLOPs by dtype. Missing values and None are shown as a dash.
 
     Args:
@@ -126,7 +127,7 @@ def _columns(rows: Sequence[Row], units: Mapping[str, str]) -> list[Column]:
 def _unit(key: str, parts: bool) -> str:
     if key.endswith(")"):
         return ""
-    found = [_UNIT_OF_WORD[word] for word in key.split() if word in _UNIT_OF_WORD]
+    found = [_UNIT_OF_WORD[word] for word in re.findall(r"\w+", key) if word in _UNIT_OF_WORD]
     return found[0] if found else "%" if parts else ""
 
 

@@ -84,8 +84,8 @@ def evaluate(
         total = found if total is None else jax.tree.map(jnp.add, total, found)
     if total is None:
         raise ValueError("got no evaluation batches; give at least one")
-    return {name: _ratio(*pair) for name, pair in jax.device_get(total).items()}
+    return {name: _ratio(float(sum_), float(weight)) for name, (sum_, weight) in jax.device_get(total).items()}
 
 
 def _ratio(total: float, weight: float) -> float:
-    return float(total / weight) if weight else float("nan")
+    return total / weight if weight else float("nan")

@@ -198,7 +198,7 @@ def test_leaves_that_are_no_arrays_are_kept():
 
 
 def test_strings_that_differ_cannot_be_selected():
-    with pytest.raises(ValueError, match="'new'.*'old'"):
+    with pytest.raises(ValueError, match=r"'new'.*'old'"):
         select_tree(jnp.array(False), {"name": "new"}, {"name": "old"})
 
 

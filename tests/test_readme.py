@@ -1,0 +1,64 @@
+"""The README's example runs as it stands there, and what it says of files and commands is so."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+class Net(nn.Module):
+    """A module with the paths that the example's rules name."""
+
+    @nn.compact
+    def __call__(self, image, train=False):
+        x = image.reshape(image.shape[0], -1, 16)
+        x = x + nn.MultiHeadDotProductAttention(2, name="attention")(nn.LayerNorm(name="norm")(x))
+        return nn.Dense(10, name="head")(x.mean(1))
+
+
+def test_the_example_runs_as_it_stands(capsys):
+    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    images = jax.random.normal(jax.random.key(0), (8, 8, 8, 1))
+    names = {"module": Net(), "sample": images[:1], "batch": {"image": images, "label": jnp.arange(8)}}
+    exec(compile(code, "README.md", "exec"), names)
+    assert int(names["state"].step) + int(names["state"].skipped) == 1
+    assert {"loss", "accuracy", "grad_norm", "loss_scale"} <= names["metrics"].keys()
+    table = capsys.readouterr().out
+    assert "'**/attention'" in table and "float32 island" in table
+    step, state = names["step"], names["state"]
+    losses = []
+    for _ in range(30):
+        state, metrics = step(state, names["batch"])
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
+
+
+def test_what_it_points_to_exists():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for command in re.findall(r"^make (\w+)", README, re.M):
+        assert re.search(rf"^{command}:", makefile, re.M), command
+
+
+def test_each_figure_cites_its_record():
+    """A results table stands under a link to the record that it came from, and repeats it to the letter."""
+    records = re.findall(r"\]\((experiments/records/[^)]+)\)", README)
+    assert records
+    for record in {Path(r).parts[2] for r in records}:
+        assert (ROOT / "experiments" / "records" / record / "README.md").exists()
+    table = next(iter(re.findall(r"\n\n(\| policy .*?)\n\n", README, re.S)))
+    assert any(table in path.read_text(encoding="utf-8") for path in (ROOT / "experiments/records").rglob("*.md"))
+
+
+@pytest.mark.parametrize("name", ["jax", "flax", "optax", "jmp"])
+def test_runtime_dependencies_are_named_in_the_project_file(name):
+    assert re.search(rf'^  "{name}>=', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
