@@ -49,18 +49,20 @@ def test_the_fused_kernel_agrees_with_float64(dtype, masked):
     random = np.random.default_rng(0)
     q, k, v, ct = (random.normal(size=(2, 128, 4, 64)).astype(np.float32).astype(dtype) for _ in range(4))
     mask = random.random((2, 1, 128, 128)) < 0.7 if masked else None
-    if masked:
+    if mask is not None:
         mask[0, 0, 5] = False
-    assert fits_cudnn(*map(jnp.asarray, (q, k, v)), None if mask is None else jnp.asarray(mask))
+    given = None if mask is None else jnp.asarray(mask)
+    q, k, v = map(jnp.asarray, (q, k, v))
+    assert fits_cudnn(q, k, v, given)
 
     def run(q, k, v):
-        return (attention(q, k, v, mask=mask).astype(jnp.float32) * ct.astype(np.float32)).sum()
+        return (attention(q, k, v, mask=given).astype(jnp.float32) * ct.astype(np.float32)).sum()
 
     text = jax.jit(jax.grad(run, (0, 1, 2))).lower(q, k, v).compile().as_text()
     assert "fmha" in text
-    out = np.asarray(attention(*map(jnp.asarray, (q, k, v)), mask=mask), np.float64)
+    out = np.asarray(attention(q, k, v, mask=given), np.float64)
     grads = [np.asarray(g, np.float64) for g in jax.jit(jax.grad(run, (0, 1, 2)))(q, k, v)]
-    wanted, wanted_grads = by_hand(*(x.astype(np.float64) for x in (q, k, v, ct)), mask)
+    wanted, wanted_grads = by_hand(*(np.asarray(x, np.float64) for x in (q, k, v, ct)), mask)
     # Products of half-precision operands, sums of 128 terms in float32, weights rounded once: a few eps of the largest.
     tolerance = 4 * float(jnp.finfo(dtype).eps)
     for found, reference in zip([out, *grads], [wanted, *wanted_grads], strict=True):
@@ -93,17 +95,20 @@ def test_products_reach_cublas_in_the_compute_dtype(policy, name):
     task = job(policy)
     text = task.step().lower(task.state(jax.random.key(0)), task.batches(0)).compile().as_text()
     dtypes = dict(re.findall(r"%?([\w.\-]+) = \(?(\w+)\[", text))
-    gemms = re.findall(r'custom-call\(([^)]*)\), custom_call_target="__cublas', text)
-    operands = {dtypes[operand] for gemm in gemms for operand in re.findall(r"%?([\w.\-]+)(?:,|$)", gemm)[:2]}
-    assert gemms and operands == {name}
+    products = re.findall(r' dot\(([^)]*)\)|custom-call\(([^)]*)\), custom_call_target="__cublas', text)
+    operands = {
+        dtypes[operand] for pair in products for operand in re.findall(r"%?([\w.\-]+)(?:,|$)", "".join(pair))[:2]
+    }
+    assert products and operands == {name}
 
 
 def test_float16_and_bfloat16_train_to_where_float32_does():
-    """Forty steps of the same job: the loss falls alike, to the roundings of eight bits."""
+    """Ten steps of the same job: the loss falls alike, to the roundings of eight bits."""
     losses = {}
     for policy in ("float32", "mixed_bfloat16", "mixed_float16"):
         task = job(policy)
-        result = mpjax.fit(task.step(), task.state(jax.random.key(0)), task.batches, attempts=40)
+        result = mpjax.fit(task.step(), task.state(jax.random.key(0)), task.batches, attempts=10)
         losses[policy] = result.history[-1]["loss"]
+        assert losses[policy] < 0.9 * result.history[0]["loss"]
     for policy in ("mixed_bfloat16", "mixed_float16"):
-        assert abs(losses[policy] - losses["float32"]) < 0.1 * losses["float32"]
+        assert abs(losses[policy] - losses["float32"]) < 0.05 * losses["float32"]

@@ -140,4 +140,5 @@ def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array |
         # A fully masked row must have no gradient: with a zero query its scores reach neither q nor k.
         alive = mask.any(-1).swapaxes(1, 2)[..., None]  # [batch, queries, heads, 1], axes of size 1 broadcast
         query = jnp.where(alive, query, jnp.zeros_like(query))
+        mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1]))  # cuDNN broadcasts no length
     return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")

@@ -50,13 +50,14 @@ def make_eval_step(eval_fn: EvalFn) -> EvalStep:
 
 
 def _pair(name: str, value: Any, rows: int) -> tuple[jax.Array, jax.Array]:
-    total, weight = value if isinstance(value, tuple) else (value, None)
-    if jnp.ndim(total) != 0:
-        raise ValueError(f"metric {name!r} has shape {jnp.shape(total)}; legal is a scalar mean, or (sum, weight)")
-    total = jnp.asarray(total).astype(jnp.float32)
-    if weight is None:
-        return total * rows, jnp.float32(rows)
-    return total, jnp.asarray(weight).astype(jnp.float32)
+    parts = value if isinstance(value, tuple) else (value, rows)
+    if len(parts) != 2 or any(isinstance(x, (dict, list, tuple)) or jnp.ndim(x) for x in parts):
+        raise ValueError(
+            f"metric {name!r} has the shapes {jax.tree.map(jnp.shape, value)}; legal is a scalar mean or a pair of scalars "
+            "(sum, weight); reduce it, or give each part a name of its own"
+        )
+    total, weight = (jnp.asarray(x).astype(jnp.float32) for x in parts)
+    return (total, weight) if isinstance(value, tuple) else (total * weight, weight)
 
 
 def evaluate(
@@ -84,7 +85,7 @@ def evaluate(
         total = found if total is None else jax.tree.map(jnp.add, total, found)
     if total is None:
         raise ValueError("got no evaluation batches; give at least one")
-    return {name: _ratio(float(sum_), float(weight)) for name, (sum_, weight) in jax.device_get(total).items()}
+    return {name: _ratio(float(s), float(w)) for name, (s, w) in jax.device_get(total).items()}
 
 
 def _ratio(total: float, weight: float) -> float:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -17,7 +20,12 @@ logger = logging.getLogger("mpjax")
 
 
 class NonFiniteError(FloatingPointError):
-    """Training stopped because too many steps in a row were skipped; the message names step, scale and gradient leaf."""
+    """Training stopped because too many steps in a row were skipped; the message names step, scale and gradient leaf.
+
+    `result` is what the run gave until then; its params are those of the last good step.
+    """
+
+    result: FitResult | None = None
 
 
 class Hook:
@@ -139,21 +147,25 @@ def fit(
         raise ValueError(
             "patience came without best; name the metric to watch: best='accuracy', or '-loss' to shrink it"
         )
-    first = int(state.step) + int(state.skipped)
+    if eval_step is not None and not len(eval_batches):
+        raise ValueError("eval_step came without eval_batches; give the held-out batches, or drop it")
+    first = _attempts(state)
     result, clock = FitResult(state), _Clock()
-    waiting: tuple[int, dict[str, Any], Batch] | None = None
+    waiting: list[tuple[int, dict[str, Any], Batch]] = []
 
-    def read() -> None:
-        nonlocal waiting
-        if waiting is None:
-            return
-        (attempt, metrics, batch), waiting = waiting, None
-        scalars = {name: float(x) for name, x in jax.device_get(_scalars(metrics)).items()}
-        result.history.append({"attempt": attempt, **scalars})
-        for hook in hooks:
-            hook.on_step(attempt, scalars)
-        if scalars.get("skipped_in_a_row", 0) >= max_consecutive_skips:
-            raise NonFiniteError(_why(step, result.state, batch, scalars))
+    def read(leave: int = 0) -> None:
+        """Wait for the metrics of all steps but the last `leave`."""
+        while len(waiting) > leave:
+            attempt, metrics, batch = waiting[0]
+            scalars = {name: float(x) for name, x in jax.device_get(_scalars(metrics)).items()}
+            del waiting[0]
+            result.history.append({"attempt": attempt, **scalars})
+            for hook in hooks:
+                hook.on_step(attempt, scalars)
+            if scalars.get("skipped_in_a_row", 0) >= max_consecutive_skips:
+                error = NonFiniteError(_why(step, result.state, batch, scalars))
+                error.result = result
+                raise error
 
     def measure(done: int) -> bool:
         """Evaluate after `done` attempts; whether patience is at its end."""
@@ -171,14 +183,14 @@ def fit(
 
     try:
         for attempt, batch in _numbered(batches, first, attempts):
-            result.state, metrics = step(result.state, batch)
+            with _Held():
+                result.state, metrics = step(result.state, batch)
+                waiting.append((attempt, metrics, batch))
+                clock.steps += attempt > first
             if attempt == first:
                 jax.block_until_ready(result.state.step)  # it compiled; the clock starts behind it
                 clock.start()
-            else:
-                clock.steps += 1
-            read()
-            waiting = (attempt, metrics, batch)
+            read(leave=1)
             for hook in hooks:
                 if type(hook).on_state is not Hook.on_state:
                     hook.on_state(attempt, result.state)
@@ -192,19 +204,49 @@ def fit(
                 clock.start()
         clock.stop(result.state)
         read()
-        done = int(result.state.step) + int(result.state.skipped)
+        done = _attempts(result.state)
         if done < attempts and result.stopped == "done":
             result.stopped = "exhausted"
         if eval_step is not None and (not result.evaluations or result.evaluations[-1]["attempt"] != done):
             measure(done)
     except KeyboardInterrupt:
         result.stopped = "interrupted"
+        clock.stop(result.state)
+        read()
         logger.warning("interrupted: %d attempts were made; their metrics are kept", len(result.history))
     finally:
         result.steps_per_second = clock.steps / clock.seconds if clock.seconds else 0.0
         for hook in hooks:
             hook.on_end(result)
     return result
+
+
+class _Held:
+    """Ctrl-C waits until the block is left.
+
+    Thrown in between a dispatch and its assignment, it would lose the state that takes the donated one's place.
+    """
+
+    def __enter__(self) -> None:
+        self.came = False
+        # Only the main thread may set handlers; None is a handler that is not Python's.
+        self.before = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, *_: Any) -> None:
+        self.came = True
+
+    def __exit__(self, *_: Any) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+        if self.came:
+            signal.raise_signal(signal.SIGINT)
+
+
+def _attempts(state: Any) -> int:
+    """Applied and skipped steps; read explicitly, as a transfer guard wants it."""
+    return sum(int(x) for x in jax.device_get((state.step, state.skipped)))
 
 
 def _numbered(
@@ -226,17 +268,21 @@ def _note_best(result: FitResult, best: str, found: dict[str, float], done: int)
         raise ValueError(
             f"best={best!r} names no metric of the evaluation; legal are {', '.join(found)}, or -NAME to shrink one"
         )
+    if math.isnan(found[name]):  # of no weight, or diverged: neither best, nor in the way of a best
+        return
     if result.best is None or sign * found[name] > sign * result.best[0]:
         result.best = (found[name], done)
 
 
 def _why(step: Any, state: Any, batch: Batch, scalars: dict[str, float]) -> str:
-    leaf = step.nonfinite_leaf(state, batch) if hasattr(step, "nonfinite_leaf") else None
+    with jax.transfer_guard_device_to_host("allow"):  # the run is over
+        leaf = step.nonfinite_leaf(state, batch) if hasattr(step, "nonfinite_leaf") else "not known to this step"
+        applied = int(state.step)
     where = (
         f"first non-finite gradient leaf: {leaf}" if leaf else "all gradients are finite: look at loss, mstate, updates"
     )
     return (
-        f"{scalars['skipped_in_a_row']:.0f} steps in a row were not finite, at step {int(state.step)}, loss scale "
-        f"{scalars['loss_scale']:g}; {where}; params are those of step {int(state.step)}: look for bad data, a lower "
+        f"{scalars['skipped_in_a_row']:.0f} steps in a row were not finite, at step {applied}, loss scale "
+        f"{scalars['loss_scale']:g}; {where}; params are those of step {applied}: look for bad data, a lower "
         "learning rate, or float32 for that module"
     )

@@ -22,14 +22,14 @@ class Seeds:
     """
 
     seed: int
-    init: jax.Array
+    init: jax.Array = dataclasses.field(compare=False)  # it follows from the seed, and has no hash
 
     def order(self, epoch: int, examples: int) -> np.ndarray:
         """The permutation of `examples` indices in an epoch: numpy's PCG64 seeded with the pair (seed, epoch)."""
         return np.random.default_rng((self.seed, epoch)).permutation(examples)
 
 
-def seeds(seed: int) -> Seeds:
+def seeds(seed: int | np.integer) -> Seeds:
     """What is random in a run, from one number.
 
         init, rng:   jax.random.split(jax.random.key(seed))     as TrainState.create does with `seeds(seed).init`
@@ -37,13 +37,13 @@ def seeds(seed: int) -> Seeds:
         data order:  epoch e: numpy.random.default_rng((seed, e)).permutation(examples)
 
     Raises:
-      ValueError: not an int ≥ 0.
+      ValueError: not an int in [0, 2³²): beyond, jax keeps the low 32 bits, and two seeds would have one init.
 
     >>> seeds(7).order(0, 5).tolist() == seeds(7).order(0, 5).tolist() != seeds(7).order(1, 5).tolist()
     True
     """
-    if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or seed < 0:
-        raise ValueError(f"got seed={seed!r}; legal is an int >= 0; 0 is as good as any")
+    if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise ValueError(f"got seed={seed!r}; legal is an int from 0 to 2**32 - 1; 0 is as good as any")
     return Seeds(int(seed), jax.random.key(int(seed)))
 
 
@@ -64,7 +64,7 @@ def epoch_batches(data: PyTree, batch_size: int, seeds: Seeds) -> Callable[[int]
     >>> sorted([*batches(0)["x"], *batches(1)["x"]]) == sorted(seeds(0).order(0, 5)[:4])
     True
     """
-    rows = {np.shape(x)[0] for x in jax.tree.leaves(data)}
+    rows = {np.shape(x)[0] if np.ndim(x) else 0 for x in jax.tree.leaves(data)}
     if len(rows) != 1 or not 1 <= batch_size <= min(rows):
         raise ValueError(
             f"got arrays of {sorted(rows)} rows and batch_size={batch_size}; legal is one number of rows and a batch of "

@@ -23,14 +23,13 @@ class JsonlWriter(Hook):
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("a", buffering=1, encoding="utf-8")  # by the line
 
     def on_step(self, attempt: int, metrics: dict[str, float]) -> None:
         self._write(attempt, "step", metrics)
 
     def on_eval(self, attempt: int, metrics: dict[str, float]) -> None:
         self._write(attempt, "eval", metrics)
-        self._file.flush()
 
     def on_end(self, result: FitResult) -> None:
         self._file.close()

@@ -13,7 +13,7 @@ from jax._src.ad_checkpoint import saved_residuals
 from mpjax.measure.residuals import saved_residual_bytes
 
 X, W, STACK = jnp.ones((4, 8)), jnp.ones((8, 8)), jnp.ones((3, 8, 8))
-CONSTANT = jnp.full((4, 8), 2.0)
+CONSTANT = jnp.full((4, 8), 2.0, jnp.float32)
 
 
 def by_jax(fn, *args):

@@ -154,6 +154,16 @@ def test_shapes_stand_for_params():
     assert set(warned(check_optimizer, optax.adam(1e-3), shapes)) == {UPDATE, EPSILON}
 
 
+def test_it_speaks_under_eval_shape_and_jit_too():
+    for trace in (jax.eval_shape, lambda f, x: jax.jit(f)(x)):
+
+        def create(x):
+            check_optimizer(optax.adam(1e-3), x)
+            return x
+
+        assert set(warned(trace, create, params("float16"))) == {UPDATE, EPSILON}
+
+
 def test_an_optimizer_that_wants_more_than_gradients_is_no_reason_to_fail():
     assert set(warned(check_optimizer, optax.polyak_sgd(), params("bfloat16"))) == {UPDATE}  # its update needs value=
 

@@ -445,6 +445,14 @@ def test_patience_counts_evaluations_since_the_best(patience, values, attempts):
     assert len(result.history) == len(result.evaluations) == int(result.state.step) == attempts
 
 
+def test_patience_that_ends_with_the_last_attempt_cuts_nothing_short():
+    result = fit(
+        STEP, new_state(), batch_of, attempts=2, best="accuracy", patience=1,
+        eval_step=scripted(0.5, 0.25), eval_batches=EVAL_BATCHES[:1], eval_every=1,
+    )  # fmt: skip
+    assert (result.stopped, len(result.evaluations)) == ("done", 2)
+
+
 def test_settings_that_do_not_fit_are_refused_before_the_first_step():
     def untouched(state, batch):
         raise AssertionError("a step was made")
