@@ -52,7 +52,7 @@ def canonical(dtype: DTypeLike) -> np.dtype:
     if isinstance(dtype, str):
         return parse_dtype(dtype)
     try:
-        found = jnp.dtype(dtype)
+        found = None if dtype is None else jnp.dtype(dtype)  # numpy takes None for float64
     except TypeError:
         found = None
     if found not in NAMES:
@@ -73,7 +73,7 @@ def parse_dtype(name: str) -> np.dtype:
     """
     name = name.strip()
     if name == "half":
-        return half_dtype()
+        return jnp.dtype(half_dtype())
     if name not in _BY_NAME:
         raise ValueError(f"Unknown dtype {name!r}; use one of {choices()}")
     return _BY_NAME[name]
@@ -84,9 +84,12 @@ def choices() -> str:
     return "half, full, f16, bf16, f32, f64 (or float16, …), " + ", ".join(f"f8_{kind}" for kind in _FLOAT8)
 
 
-def half_dtype() -> np.dtype:
-    """jmp's answer to "half of what?": bfloat16 on a TPU, float16 elsewhere. `hardware_half()` is the better one."""
-    return jnp.dtype("bfloat16" if jax.local_devices()[0].platform == "tpu" else "float16")
+def half_dtype() -> Any:
+    """jmp's answer to "half of what?": bfloat16 on a TPU, float16 elsewhere. `hardware_half()` is the better one.
+
+    A scalar type, as in jmp, whose README calls it: `half_dtype()(2**15)`.
+    """
+    return jnp.bfloat16 if jax.local_devices()[0].platform == "tpu" else jnp.float16
 
 
 def short_name(dtype: DTypeLike) -> str:
@@ -117,12 +120,25 @@ def facts(dtype: DTypeLike) -> FormatFacts:
     )
 
 
+def wide(dtype: DTypeLike) -> np.dtype:
+    """The dtype for sums and scales of numbers in `dtype`: itself if inexact and of 32 bits or more, else float32.
+
+    (`jnp.promote_types` would do, but raises where dtype promotion is strict.)
+
+    >>> wide("bfloat16"), wide("float64")
+    (dtype('float32'), dtype('float64'))
+    """
+    dtype = jnp.dtype(dtype)
+    return dtype if jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize >= 4 else jnp.dtype("float32")
+
+
 def is_float(x: Any) -> bool:
     """Whether `x` is an array, tracer or `ShapeDtypeStruct` of a real float dtype (not a Python scalar, not a key).
 
     >>> is_float(np.float32(1)), is_float(1.0), is_float(np.arange(3))
     (True, False, False)
     """
-    # A Flax module has a `dtype` too; only an array can be cast. (`isinstance(x, ArrayLike)` is False for tracers.)
-    is_array = hasattr(x, "astype") or isinstance(x, jax.ShapeDtypeStruct)
+    # A Flax module has a `dtype` too, and the class `np.float32` has an `astype`; only an array can be cast.
+    # (`isinstance(x, ArrayLike)` is False for tracers.)
+    is_array = (hasattr(x, "astype") and not isinstance(x, type)) or isinstance(x, jax.ShapeDtypeStruct)
     return is_array and hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool
 from mpjax.core.dtypes import canonical, is_float
 from mpjax.core.types import DTypeLike, PyTree
 
-_INDEXED = re.compile(r"_(\d+)(?=/|$)")
+_INDEXED = re.compile(r"_(?=\d+(?:_\d+)*(?:/|$))")
 
 
 def cast_floating(tree: PyTree, dtype: DTypeLike) -> PyTree:
@@ -49,7 +49,7 @@ def _cast_leaf(x: Any, dtype: np.dtype) -> Any:
     if not is_float(x) or x.dtype == dtype:
         return x
     if isinstance(x, jax.ShapeDtypeStruct):
-        return x.update(dtype=dtype)
+        return x.update(dtype=dtype, weak_type=False)  # as `astype` leaves it
     return x.astype(dtype)
 
 
@@ -70,14 +70,22 @@ def _is_inexact(x: Any) -> bool:
 def select_tree(pred: Bool[Array, ""], on_true: PyTree, on_false: PyTree) -> PyTree:
     """`on_true` where the scalar `pred` holds, else `on_false`, leaf by leaf; nothing is blended, so NaN cannot leak.
 
-    Leaves that are not arrays (strings, Python scalars) must be equal in both trees and are kept.
+    Strings must be equal in both trees and are kept; Python numbers that differ are selected as arrays.
+
+    Raises:
+      ValueError: two strings differ.
     """
     assert jnp.ndim(pred) == 0 and jnp.result_type(pred) == jnp.bool_, "expected boolean scalar"
 
     def leaf(new: Any, old: Any) -> Any:
         if hasattr(new, "dtype") and hasattr(old, "dtype"):
             return jax.lax.select(pred, new, old) if new.dtype != jax.dtypes.float0 else new
-        if not isinstance(new, str) and not isinstance(old, str) and new is not old:
+        if isinstance(new, str) or isinstance(old, str):
+            if new != old:
+                raise ValueError(
+                    f"got {new!r} and {old!r} to select from; only arrays and numbers may differ, make them equal"
+                )
+        elif new is not old:
             return jax.lax.select(pred, jnp.asarray(new), jnp.asarray(old))
         return new
 
@@ -90,19 +98,20 @@ def nbytes(tree: PyTree) -> int:
     >>> nbytes({"w": np.ones((2, 3), np.float16), "name": "x"})
     12
     """
-    sized = [x for x in jax.tree.leaves(tree) if hasattr(x, "shape") and hasattr(x.dtype, "itemsize")]
+    sized = [x for x in jax.tree.leaves(tree) if hasattr(x, "shape") and isinstance(x.dtype, np.dtype)]
     return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in sized)
 
 
 def canonical_path(path: str) -> str:
     """One spelling for a module path: an index behind a name is a segment of its own.
 
-    Linen names the members of a list `layers_0`, NNX has them at `layers/0`; both are `layers/0` here.
+    Linen names the members of a list `layers_0`, NNX has them at `layers/0`; both are `layers/0` here. A canonical path
+    is its own canonical path, so that parts of one may be joined and spelled again.
 
     >>> canonical_path("layers_0/Dense_1/kernel")
     'layers/0/Dense/1/kernel'
     """
-    return _INDEXED.sub(r"/\1", path)
+    return _INDEXED.sub("/", path)
 
 
 def path_of(keys: tuple) -> str:

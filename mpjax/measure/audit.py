@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
+from mpjax.core.dtypes import canonical
 from mpjax.core.scopes import path_in
 from mpjax.measure.flops import PRODUCTS, product_flops
 
@@ -206,12 +207,12 @@ def _is_no_rounding(eqn: Any) -> bool:
 
 
 def _legal(dtype: Any) -> str:
-    try:
-        return jnp.dtype(dtype).name
-    except TypeError:
-        raise ValueError(
-            f"got {dtype!r}; legal is a dtype or its long name; write bfloat16, float16, float32 or int8"
-        ) from None
+    for read in (canonical, jnp.dtype):  # the second knows int8 and the like
+        try:
+            return read(dtype).name
+        except (TypeError, ValueError):
+            continue
+    raise ValueError(f"got {dtype!r}; legal is a dtype or its name, of floats or ints; write bfloat16, float16 or int8")
 
 
 def _name(dtype: Any) -> str:

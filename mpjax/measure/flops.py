@@ -64,5 +64,5 @@ def _meetings(outputs: tuple[int, int], taps: tuple[int, int], inputs: tuple[int
     hits = 0
     for i in range(few):
         where = starts + i * few_apart
-        hits += np.count_nonzero((where >= 0) & (where <= (elements - 1) * apart) & (where % apart == 0))
-    return int(hits)
+        hits += int(np.count_nonzero((where >= 0) & (where <= (elements - 1) * apart) & (where % apart == 0)))
+    return hits

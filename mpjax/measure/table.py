@@ -47,20 +47,19 @@ def policy_table(
       width: characters a line; by default those of the terminal. A table that is wider is turned: a column for each row.
 
     Raises:
-      ValueError: a unit that is none of these, or for a column that no row has.
+      ValueError: no rows; a unit that is none of these, or for a column that no row has.
 
     >>> table = policy_table([{"policy": "float32", "test accuracy": 0.9722, "temp memory": 3 * 2**20}])
     >>> [column.header.plain for column in table.columns]
     ['policy', 'test accuracy (%)', 'temp memory (MiB)']
     """
     columns = _columns(rows, units or {})
-    room = Console(width=width).width
     # Layouts from wide to narrow. Not left to rich, which would sooner break a number than a header.
-    for layout in (columns, [_wrapped(column) for column in columns], _turned(columns)):
-        table = _drawn(layout, title)
-        if Measurement.get(Console(width=10**4), Console(width=10**4).options, table).maximum <= room:
-            break
-    return table
+    layouts = [columns, [_wrapped(column) for column in columns], _turned(columns)]
+    tables = [_drawn(layout, title) for layout in layouts]
+    endless, room = Console(width=10**4), Console(width=width).width
+    fitting = (table for table in tables if Measurement.get(endless, endless.options, table).maximum <= room)
+    return next(fitting, tables[-1])
 
 
 def _drawn(columns: list[Column], title: str | None) -> Table:
@@ -105,6 +104,10 @@ def to_markdown(rows: Sequence[Row], units: Mapping[str, str] | None = None) -> 
 
 def _columns(rows: Sequence[Row], units: Mapping[str, str]) -> list[Column]:
     keys = dict.fromkeys(key for row in rows for key in row)
+    if not keys:
+        raise ValueError(
+            "got no rows, or rows without a key; legal is at least one row with one value; leave the table out"
+        )
     for key, unit in units.items():
         if key not in keys or unit not in ("%", "bytes", "scientific", ""):
             raise ValueError(
@@ -115,7 +118,7 @@ def _columns(rows: Sequence[Row], units: Mapping[str, str]) -> list[Column]:
     for key in keys:
         values = [row.get(key) for row in rows]
         flat = [x for value in values for x in (value.values() if isinstance(value, Mapping) else (value,))]
-        numbers = [float(x) for x in flat if _is_number(x)]
+        numbers: list[float] = [np.asarray(x).item() for x in flat if _is_number(x)]
         unit = units[key] if key in units else _unit(key, any(isinstance(value, Mapping) for value in values))
         written, show = _style(unit, numbers)
         header = f"{key} ({written})" if written and numbers else key
@@ -134,7 +137,7 @@ def _unit(key: str, parts: bool) -> str:
 def _style(unit: str, numbers: Sequence[float]) -> tuple[str, Callable[[Any], str]]:
     """What stands in the header, and how a number of this column is written."""
     if unit == "%":
-        return "%", lambda x: f"{100 * x:.1f}"
+        return "%", _percent
     if unit == "scientific":
         return "", lambda x: "0" if x == 0 else f"{x:.2e}"
     if unit == "bytes":
@@ -142,6 +145,11 @@ def _style(unit: str, numbers: Sequence[float]) -> tuple[str, Callable[[Any], st
         power = min(int(math.log2(largest) // 10), len(_PREFIXES) - 1) if largest >= 1 else 0
         return _PREFIXES[power], lambda x: _plain(x / 1024**power)
     return "", _plain
+
+
+def _percent(x: float) -> str:
+    # Neither a small part nor what a large one lacks is rounded away.
+    return "<0.1" if 0 < x < 0.0005 else ">99.9" if 0.9995 <= x < 1 else f"{100 * x:.1f}"
 
 
 def _plain(x: float) -> str:

@@ -53,8 +53,8 @@ def attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    bias: jax.Array | None = None,
-    mask: jax.Array | None = None,
+    bias: jax.Array | np.ndarray | None = None,
+    mask: jax.Array | np.ndarray | None = None,
     broadcast_dropout: bool = True,
     dropout_rng: jax.Array | None = None,
     dropout_rate: float = 0.0,
@@ -137,8 +137,10 @@ def fits_cudnn(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Arr
 
 def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     if mask is not None:
-        # A fully masked row must have no gradient: with a zero query its scores reach neither q nor k.
-        alive = mask.any(-1).swapaxes(1, 2)[..., None]  # [batch, queries, heads, 1], axes of size 1 broadcast
-        query = jnp.where(alive, query, jnp.zeros_like(query))
+        # A fully masked row is uniform and has no gradient: a zero query sees all keys alike, and its scores reach neither
+        # q nor k. (Left to the kernel's large negative bias, the gradient of such rows in bfloat16 was wrong.)
+        alive = mask.any(-1, keepdims=True)
+        query = jnp.where(alive[..., 0].swapaxes(1, 2)[..., None], query, jnp.zeros_like(query))
+        mask = mask | ~alive
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1]))  # cuDNN broadcasts no length
     return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")

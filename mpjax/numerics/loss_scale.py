@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax.core.dtypes import is_float
+from mpjax.core.dtypes import facts, is_float, wide
 from mpjax.core.struct import pytree_dataclass, static_field
 from mpjax.core.tree import all_finite, select_tree
 from mpjax.core.types import PyTree
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+_FLOAT32 = facts("float32")
 
 CEILING = 2.0**24
 """The largest scale that growth reaches by default (NVIDIA Apex's `max_loss_scale`): float16 gains nothing above it."""
@@ -179,11 +181,13 @@ def dynamic_loss_scale(
     >>> dynamic_loss_scale(2.0**10).loss_scale
     Array(1024., dtype=float32)
     """
-    _require("initial", initial, "a finite number > 0", 0 < initial < math.inf)
-    _require("growth_interval", growth_interval, "an int ≥ 1", int(growth_interval) == growth_interval >= 1)
+    _require("initial", initial, "a positive float32 number", _FLOAT32.tiny <= initial <= _FLOAT32.max)
+    _require(
+        "growth_interval", growth_interval, "an int ≥ 1", 1 <= growth_interval < math.inf and growth_interval % 1 == 0
+    )
     _require("growth_factor", growth_factor, "a finite number > 1", 1 < growth_factor < math.inf)
     _require("backoff_factor", backoff_factor, "a number between 0 and 1", 0 < backoff_factor < 1)
-    _require("floor", floor, "a finite number > 0", 0 < floor < math.inf)
+    _require("floor", floor, "a positive float32 number", _FLOAT32.tiny <= floor <= _FLOAT32.max)
     _require("ceiling", ceiling, f"a finite number ≥ floor ({floor})", floor <= ceiling < math.inf)
     _require("initial", initial, f"at least floor ({floor})", initial >= floor)
     return DynamicLossScale(
@@ -200,7 +204,7 @@ def static_loss_scale(scale: float) -> StaticLossScale:
     >>> static_loss_scale(1024).loss_scale
     1024.0
     """
-    _require("scale", scale, "a finite number > 0", 0 < scale < math.inf)
+    _require("scale", scale, "a positive float32 number", _FLOAT32.tiny <= scale <= _FLOAT32.max)
     return StaticLossScale(float(scale))
 
 
@@ -261,27 +265,36 @@ def value_and_scaled_grad(
 
 def _at_least_float32(x: Any) -> Any:
     """A float array in float32 or wider; anything else as it is."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if is_float(x) else x
+    return x.astype(wide(x.dtype)) if is_float(x) else x
 
 
 def _times(tree: T, scale: Any) -> T:
-    return jax.tree.map(lambda x: _at_least_float32(x) * jnp.asarray(scale, _wide(x)), tree)
+    return jax.tree.map(lambda x: _act(operator.mul, x, scale), tree)
 
 
 def _over(tree: T, scale: Any) -> T:
-    return jax.tree.map(lambda x: _at_least_float32(x) / jnp.asarray(scale, _wide(x)), tree)
+    # A product with 1 / scale would be zero for the largest scales: XLA flushes subnormal numbers.
+    return jax.tree.map(lambda x: _act(operator.truediv, x, scale), tree)
 
 
-def _wide(x: Any) -> Any:
-    return jnp.promote_types(x.dtype, jnp.float32) if is_float(x) else jnp.float32
+def _act(operation: Callable[[Any, Any], Any], x: Any, scale: Any) -> Any:
+    """The scale acts in float32 or wider on a float or complex array or a Python number; any other leaf passes."""
+    numeric = jnp.issubdtype(x.dtype, jnp.inexact) if hasattr(x, "dtype") else type(x) in (int, float)
+    dtype = wide(getattr(x, "dtype", jnp.float32))
+    return operation(jnp.asarray(x, dtype), jnp.asarray(scale, dtype)) if numeric else x
 
 
 def _static_float(x: Any) -> Any:
-    """A Python float, so that it can be static; a tracer stays what it is (jmp's constructors never raise)."""
-    return x if isinstance(x, jax.core.Tracer) else float(x)
+    """A Python float, so that it can be static; a tracer or placeholder stays what it is (constructors never raise)."""
+    try:
+        return float(x)
+    except (TypeError, ValueError):  # jax's error for a tracer is a TypeError
+        return x
 
 
 def _warn_if_not_floating(x: Any, name: str) -> None:
-    dtype = jnp.result_type(x)
+    if not hasattr(x, "dtype") and not isinstance(x, (int, float, complex)):
+        return  # a placeholder: jax, Orbax and shardings stand in for arrays
+    dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
     if not jnp.issubdtype(dtype, jnp.floating):
         warnings.warn(f"Expected floating type for {name}, got {dtype}", stacklevel=4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 
 from mpjax.policy.patterns import Pattern, Sites, governs
 
@@ -21,8 +20,9 @@ def complaint(pattern: Pattern, sites: Sites, scanned: frozenset[str]) -> str:
         classes = sorted({cls.__name__ for cls in sites.values() if isinstance(cls, type)})
         return f"rule {name} matches no module; the classes of this model are {', '.join(classes)}"
     for stack in scanned:
-        last = re.escape(stack.rpartition("/")[2])
-        if re.search(rf"(^|/){last}[/_](\d+|[*?]+)(/|$)", pattern):
+        # Would it act, were the stack unrolled?
+        below = [path.removeprefix(stack) for path in sites if path == stack or path.startswith(f"{stack}/")]
+        if any(governs(pattern, f"{stack}/{layer}{rest}", {}) for layer in range(200) for rest in below):
             return (
                 f"rule {name} names one layer of the scanned stack {stack!r}, whose layers are one traced body with one "
                 f"dtype; write a rule for {stack!r}, or unroll the scan"

@@ -105,7 +105,8 @@ class PolicyMap:
         inside = above[:depth]  # the modules from `path` up to, not including, the island
         for index, rule in enumerate(self.rules):
             meant = island is not None and _means_island(rule.pattern, island, sites.get(island), self)
-            if meant or any(names(rule.pattern, p, sites.get(p)) for p in (above if island is None else inside)):
+            hit = names if island is None else _means_inside
+            if meant or any(hit(rule.pattern, p, sites.get(p)) for p in (above if island is None else inside)):
                 return Resolution(index, rule)
         if island is None:
             return Resolution(None, Rule("", self.default))
@@ -158,6 +159,11 @@ def _means_island(pattern: Pattern, path: str, cls: Any, rules: PolicyMap) -> bo
     if isinstance(pattern, type):
         return rules.is_island(pattern) and names(pattern, path, cls)
     return is_exact(pattern, path)
+
+
+def _means_inside(pattern: Pattern, path: str, cls: Any) -> bool:
+    """Whether a rule means a module inside an island: by its class, or by spelling out its path; a sweep does not."""
+    return names(pattern, path, cls) if isinstance(pattern, type) else is_exact(pattern, path)
 
 
 def _parse(pattern: Pattern, text: Any, default: Policy) -> Rule:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mpjax.core.dtypes import wide
 from mpjax.core.model import SINKS
 from mpjax.core.tree import all_finite, path_of
 from mpjax.core.types import Batch, MState, Params, PyTree
@@ -64,7 +65,7 @@ def gather(
         check_batch(batch, 1)
         (total, weight, new, metrics), (grads, sunk) = differentiate(rest, batch, rng)
         loss = total if weight is None else total / weight
-        return Gathered(loss, grads, new, sunk, _float32(metrics), weight, all_finite(new))
+        return Gathered(loss, grads, new, as_stored(sunk, sinks, SINKS), _float32(metrics), weight, all_finite(new))
 
     def micro(carry: tuple, index_and_batch: tuple) -> tuple[tuple, tuple]:
         grads, sunk, mstate = carry
@@ -74,17 +75,23 @@ def gather(
         carry = jax.tree.map(lambda a, b: a + share.astype(b.dtype) * b, grads, g), jax.tree.map(jnp.add, sunk, s), new
         return carry, (total, weight, _float32(metrics), all_finite(new))
 
-    start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), trained)
     parts = (jnp.arange(accumulate), cut(batch, accumulate))
-    carry, (totals, weights, metrics, finite) = jax.lax.scan(
-        micro, (start, jax.tree.map(jnp.zeros_like, sinks), rest), parts
-    )
+    carry, (totals, weights, metrics, finite) = jax.lax.scan(micro, (*map(_zeros, (trained, sinks)), rest), parts)
     grads, sunk, new = carry
     shares = jnp.ones_like(totals) if weights is None else weights
     whole = shares.sum()
     means = jax.tree.map(lambda m: _weighted_mean(m, shares), metrics)
-    grads = jax.tree.map(lambda g: g / whole.astype(g.dtype), grads)
-    return Gathered(totals.sum() / whole, grads, new, sunk, means, None if weights is None else whole, finite.all())
+    divisor = jnp.where(whole == 0, jnp.ones_like(whole), whole)  # no weight: no gradient, as without accumulation
+    grads = jax.tree.map(lambda g: g / divisor.astype(g.dtype), grads)
+    return Gathered(
+        totals.sum() / whole,
+        grads,
+        new,
+        as_stored(sunk, sinks, SINKS),
+        means,
+        None if weights is None else whole,
+        finite.all(),
+    )
 
 
 def cut(batch: Batch, parts: int) -> Batch:
@@ -131,22 +138,39 @@ def _read(out: Any, mstate: MState) -> tuple[jax.Array, jax.Array | None, Aux]:
         (out[0], out[1]) if isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], Aux) else (out, None)
     )
     total, weight = loss if isinstance(loss, tuple) and len(loss) == 2 else (loss, None)
-    if jnp.ndim(total) != 0 or (weight is not None and jnp.ndim(weight) != 0) or isinstance(total, (tuple, dict, list)):
+    if not _is_scalar(total) or not (weight is None or _is_scalar(weight)):
+        shapes = jax.tree.map(lambda x: jnp.shape(x) if hasattr(x, "shape") else x, out)
         raise ValueError(
-            f"loss_fn returned {jax.tree.map(jnp.shape, out)} (shapes); legal is a scalar loss or (sum, weight), each "
-            "alone or as (loss, Aux(mstate, metrics)): reduce the loss to a scalar"
+            f"loss_fn returned {shapes} (shapes); legal is a scalar loss or (sum, weight), each "
+            "alone or as (loss, Aux(mstate, metrics)): reduce the loss to a scalar, put what else there is into an Aux"
         )
-    if weight is not None:
-        weight = jax.lax.stop_gradient(_at_least_float32(weight))
-    return _at_least_float32(total), weight, aux if aux is not None else Aux(mstate, {})
+    total = _at_least_float32(total)
+    if weight is not None:  # in the sum's dtype: under x64 a Python number would make the loss float64
+        weight = jax.lax.stop_gradient(jnp.asarray(weight).astype(total.dtype))
+    return total, weight, aux if aux is not None else Aux(mstate, {})
+
+
+def _is_scalar(x: Any) -> bool:
+    return _is_number(x) and jnp.ndim(x) == 0
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) or (hasattr(x, "dtype") and hasattr(x, "ndim"))
+
+
+def _zeros(tree: PyTree) -> PyTree:
+    """What sums start from: zeros in float32 or wider."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), tree)
 
 
 def _at_least_float32(x: Any) -> jax.Array:
     x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(wide(x.dtype))
 
 
-def _float32(metrics: Mapping[str, Any]) -> dict[str, jax.Array]:
+def _float32(metrics: Any) -> dict[str, jax.Array]:
+    if not isinstance(metrics, Mapping) or not all(_is_number(x) for x in metrics.values()):
+        raise ValueError(f"loss_fn returned the metrics {metrics}; legal is a dict from name to number: flatten it")
     return {name: jnp.asarray(x).astype(jnp.float32) for name, x in metrics.items()}
 
 
@@ -156,8 +180,9 @@ def _weighted_mean(values: jax.Array, shares: jax.Array) -> jax.Array:
     return jnp.where(shares == 0, jnp.zeros_like(values), shares * values).sum(0) / shares.sum()
 
 
-def _without_sinks(new: MState, old: MState) -> MState:
-    return as_stored({name: tree for name, tree in new.items() if name != SINKS}, old, "mstate")
+def _without_sinks(new: Any, old: MState) -> MState:
+    rest = {name: tree for name, tree in new.items() if name != SINKS} if isinstance(new, Mapping) else new
+    return as_stored(rest, old, "mstate")
 
 
 def as_stored(new: PyTree, old: PyTree, what: str) -> PyTree:
@@ -168,6 +193,12 @@ def as_stored(new: PyTree, old: PyTree, what: str) -> PyTree:
             f"{what} changed its structure in the step: {came} came where "
             f"{jax.tree.structure(old)} is stored; return the tree that was passed in, with new values"
         )
+    for (keys, x), ref in zip(jax.tree_util.tree_flatten_with_path(new)[0], jax.tree.leaves(old), strict=True):
+        if jnp.shape(x) != jnp.shape(ref):
+            raise ValueError(
+                f"{what} changed its shape in the step: {path_of(keys)} came with {jnp.shape(x)} where {jnp.shape(ref)} "
+                "is stored; return the shapes that were passed in"
+            )
     return jax.tree.map(lambda x, ref: jax.lax.convert_element_type(x, ref.dtype) if _has_dtype(ref) else x, new, old)
 
 

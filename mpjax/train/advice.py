@@ -69,12 +69,23 @@ def check_optimizer(optimizer: optax.GradientTransformation, params: Params, vie
             break
     view = params if view is None else view
     # Only a behaviour is public in optax, not its settings: with a zero gradient, Adam divides zero by its epsilon.
-    tiny = jax.tree.map(lambda x: jnp.zeros((1,) * x.ndim, x.dtype), view)
-    narrow = [x.dtype for x in jax.tree.leaves(tiny) if is_float(x) and x.dtype.itemsize < 4]
-    if narrow and not bool(all_finite(optimizer.update(tiny, optimizer.init(tiny), tiny)[0])):
+    narrow = [x.dtype for x in jax.tree.leaves(view) if is_float(x) and x.dtype.itemsize < 4]
+    if narrow and _divides_zero(optimizer, view):
         warnings.warn(
             f"the optimizer's epsilon is zero in {narrow[0]}, the dtype of its state: a zero gradient divides by zero; "
             "keep the state in float32 (optimizer_dtype='float32') or raise eps",
             VanishingEpsilonWarning,
             stacklevel=3,
         )
+
+
+def _divides_zero(optimizer: optax.GradientTransformation, view: Params) -> bool:
+    """Whether a zero gradient gives an update that is not finite; known also while a state is only traced."""
+    update = optax.with_extra_args_support(optimizer).update
+
+    @jax.jit  # one small compile instead of one for each operation
+    def finite(tiny: Params) -> jax.Array:
+        return all_finite(update(tiny, optimizer.init(tiny), tiny, value=jnp.float32(0))[0])
+
+    with jax.ensure_compile_time_eval():
+        return not bool(finite(jax.tree.map(lambda x: jnp.zeros((1,) * x.ndim, x.dtype), view)))

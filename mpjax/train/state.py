@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +15,7 @@ from mpjax.core.struct import pytree_dataclass, static_field
 from mpjax.core.tree import cast_floating, cast_like, path_of
 from mpjax.core.types import DTypeLike, MState, Params, PyTree
 from mpjax.numerics.loss_scale import LossScale, NoOpLossScale, dynamic_loss_scale
+from mpjax.policy.patterns import governs
 from mpjax.policy.policy import computes_in
 from mpjax.train.advice import check_loss_scale, check_optimizer
 
@@ -88,8 +88,9 @@ class TrainState:
           params: start from these instead of the initial ones (same paths and shapes; cast to the param dtype).
           mstate: start from this instead of the initial one.
           loss_scale: None: a dynamic one if the model's policy computes anything in float16, else none.
-          trainable: which params are trained: globs over their paths (`"head/*"`; each also means what is below), or a
-            predicate of path and leaf. The others have no gradient and no optimizer state. None: all.
+          trainable: which params are trained: globs over their paths, in the language of a `PolicyMap` (`"head"`,
+            `"**/bias"`; each means what is below it too), or a predicate of path and leaf. The others have no gradient
+            and no optimizer state. None: all.
           ema_decay: keep an exponential moving average of the trainable params with this decay, in (0, 1).
           optimizer_dtype: the optimizer's state is made from params cast to this; None: from params as they are.
           **init_kwargs: passed to `model.init`.
@@ -108,8 +109,7 @@ class TrainState:
         init_rng, step_rng = jax.random.split(rng)
         found, found_mstate = jax.jit(lambda key: model.init(key, *sample, **init_kwargs))(init_rng)
         if params is not None:
-            check_same_paths(params, found)
-            found = cast_like(params, found)
+            found = fitted(params, found)
         found = own_copy(found)
         mask = _trainable_mask(found, trainable)
         trained = split_trainable(found, mask)[0]
@@ -187,24 +187,37 @@ def _trainable_mask(params: Params, trainable: Trainable) -> tuple[bool, ...] | 
         mask = tuple(bool(trainable(path, x)) for path, x in keyed)
     else:
         globs = [trainable] if isinstance(trainable, str) else list(trainable)
-        mask = tuple(any(fnmatchcase(path, g) or fnmatchcase(path, f"{g}/*") for g in globs) for path, _ in keyed)
+        unused = [glob for glob in globs if not any(governs(glob, path, {}) for path, _ in keyed)]
+        if unused:  # a misspelt one would freeze in silence what it meant
+            raise ValueError(f"trainable={unused} matches no param; the paths are {', '.join(p for p, _ in keyed)}")
+        mask = tuple(any(governs(glob, path, {}) for glob in globs) for path, _ in keyed)
     mask = tuple(keep and is_float(x) for keep, (_, x) in zip(mask, keyed, strict=True))  # an int has no gradient
     if not any(mask):
         raise ValueError(f"trainable={trainable!r} matches no param; the paths are {', '.join(p for p, _ in keyed)}")
     return mask
 
 
-def check_same_paths(params: Params, reference: Params) -> None:
-    """Refuse params that are not the model's: a missing or extra path, or another shape."""
+def fitted(params: Params, reference: Params) -> Params:
+    """`params` in the structure and the float dtypes of `reference`; refused if a path is missing or extra, or misshapen."""
+    # By the spelling of the tree itself: `a_1` and `a/1` have one canonical path and may both be there.
     given, wanted = (
-        {path_of(k): jnp.shape(x) for k, x in jax.tree_util.tree_flatten_with_path(t)[0]} for t in (params, reference)
+        {jax.tree_util.keystr(k): (path_of(k), x) for k, x in jax.tree_util.tree_flatten_with_path(t)[0]}
+        for t in (params, reference)
     )
-    missing, extra = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
+    missing, extra = (sorted(a[key][0] for key in a.keys() - b.keys()) for a, b in ((wanted, given), (given, wanted)))
     if missing or extra:
         raise ValueError(
             f"params do not fit the model: missing {missing or 'nothing'}, extra {extra or 'nothing'}; "
             "rename or drop them, or change the model"
         )
-    for path, shape in wanted.items():
-        if given[path] != shape:
-            raise ValueError(f"params do not fit the model: {path} has shape {given[path]}, the model wants {shape}")
+    leaves = []
+    for key, (path, ref) in wanted.items():
+        x = given[key][1]
+        if jnp.shape(x) != ref.shape:
+            raise ValueError(
+                f"params do not fit the model: {path} has shape {jnp.shape(x)}, the model wants {ref.shape}; "
+                "reshape it, or change the model"
+            )
+        # A number or an int becomes a float, so that it trains.
+        leaves.append(jnp.asarray(x, ref.dtype) if is_float(ref) else x)
+    return jax.tree.unflatten(jax.tree.structure(reference), leaves)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mpjax.core.dtypes import wide
 from mpjax.core.model import SINKS
 from mpjax.core.tree import all_finite, path_of, select_tree
 from mpjax.core.types import Batch, Metrics, MState, Params
@@ -136,15 +137,18 @@ class TrainStep:
         new = self._update(state, trained, found, self._clip(grads, norm))
         finite = jnp.isfinite(norm) & jnp.isfinite(found.loss) & found.mstate_finite & all_finite(new.params)
         weightless = jnp.array(False) if found.weight is None else found.weight == 0
-        applied = jnp.array(True) if self.skip == "off" else finite & ~weightless
-        old = Changed(trained, state.mstate, state.opt_state, state.ema)
-        kept = new if self.skip == "off" else select_tree(applied, new, old)
+        if self.skip == "off":
+            kept, skipped = new, jnp.zeros((), jnp.int32)
+        else:
+            applied = finite & ~weightless
+            kept = select_tree(applied, new, Changed(trained, state.mstate, state.opt_state, state.ema))
+            skipped = (~applied).astype(jnp.int32)
         scale = state.loss_scale.adjust(finite)
         after = dataclasses.replace(
             state,
-            step=state.step + applied.astype(jnp.int32),
-            skipped=state.skipped + (~applied).astype(jnp.int32),
-            skipped_in_a_row=jnp.where(applied, 0, state.skipped_in_a_row + 1),
+            step=state.step + (1 - skipped),
+            skipped=state.skipped + skipped,
+            skipped_in_a_row=(state.skipped_in_a_row + skipped) * skipped,  # back to 0 by a step that is applied
             params=merge_trainable(kept.params, frozen),
             mstate=kept.mstate,
             opt_state=kept.opt_state,
@@ -166,9 +170,10 @@ class TrainStep:
 
     def _update(self, state: TrainState, trained: Params, found: Gathered, grads: Params) -> Changed:
         """What a good step would store. The optimizer works on float32 params, which are then rounded to their dtype."""
-        wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), trained)
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, wide)
-        params = jax.tree.map(lambda x, u, old: (x + u.astype(x.dtype)).astype(old.dtype), wide, updates, trained)
+        masters = jax.tree.map(lambda x: x.astype(wide(x.dtype)), trained)
+        update = optax.with_extra_args_support(self.optimizer).update  # reduce_on_plateau wants the loss
+        updates, opt_state = update(grads, state.opt_state, masters, value=found.loss)
+        params = jax.tree.map(lambda x, u, old: (x + u.astype(x.dtype)).astype(old.dtype), masters, updates, trained)
         mstate = found.mstate | ({SINKS: found.sinks} if SINKS in state.mstate else {})
         ema = state.ema
         if state.ema_decay is not None:
@@ -199,7 +204,8 @@ def _metrics(before: TrainState, after: TrainState, found: Gathered, norm: jax.A
         "skipped": after.skipped,
         "skipped_in_a_row": after.skipped_in_a_row,
     }
-    rates = [x for _, x in optax.tree.get_all_with_path(after.opt_state, "learning_rate")]
+    found_rates = optax.tree.get_all_with_path(after.opt_state, "learning_rate")
+    rates = [x for _, x in found_rates if hasattr(x, "dtype")]  # beside it stands the state of its schedule
     if len(rates) == 1:  # more than one: groups of params with rates of their own
         metrics["learning_rate"] = jnp.asarray(rates[0], jnp.float32)
     if SINKS in before.mstate:

@@ -143,6 +143,8 @@ def test_the_constructor_warns_and_never_raises():
         DynamicLossScale(jnp.float32(bad), period=0, factor=-1)
     for placeholder in (object(), None, jax.ShapeDtypeStruct((), jnp.float32)):
         assert DynamicLossScale(placeholder).loss_scale is placeholder
+        assert DynamicLossScale(jnp.float32(8), min_loss_scale=placeholder).min_loss_scale is placeholder
+        assert StaticLossScale(placeholder).loss_scale is placeholder
 
 
 def test_a_flag_that_is_no_scalar_is_our_mistake():

@@ -121,7 +121,7 @@ def test_nothing_in_a_state_shares_memory():
         (mpjax.PolicyMap({"head": "compute=float16"}), DynamicLossScale),
         (mpjax.PolicyMap({"head": "compute=bfloat16"}, default="float32"), NoOpLossScale),
     ],
-    ids=str,
+    ids=lambda x: re.sub(r" at 0x[0-9a-f]+", "", str(x)),
 )
 def test_the_loss_scale_follows_from_the_policy(policy, kind):
     policy = policy if isinstance(policy, mpjax.PolicyMap) else mpjax.get_policy(policy)
@@ -176,7 +176,7 @@ PATHS = ("body/0/bias", "body/0/kernel", "head/bias", "head/kernel", "table")
         (lambda path, leaf: leaf.ndim == 2, (PATHS[1], PATHS[3])),
         (lambda path, leaf: True, PATHS[:4]),
     ],
-    ids=repr,
+    ids=lambda x: re.sub(r" at 0x[0-9a-f]+", "", repr(x)),
 )
 def test_trainable_chooses_by_path_or_predicate(trainable, trained):
     if trained is None:
@@ -223,7 +223,7 @@ def test_split_and_merge_are_inverse(mask):
         ({"trainable": lambda path, leaf: False}, "matches no param; the paths are b, w"),
         ({"trainable": []}, "matches no param; the paths are b, w"),
     ],
-    ids=repr,
+    ids=lambda x: re.sub(r" at 0x[0-9a-f]+", "", repr(x)),
 )
 def test_create_refuses(options, message):
     with pytest.raises(ValueError, match=message):
@@ -348,7 +348,7 @@ def test_weak_types_and_python_numbers_are_made_strong():
     assert state.loss_scale.loss_scale.dtype == jnp.float32 and state.loss_scale.counter.dtype == jnp.int32
 
 
-@pytest.mark.parametrize("options", [{}, {"optimizer_dtype": None}], ids=repr)
+@pytest.mark.parametrize("options", [{}, {"optimizer_dtype": None}], ids=lambda x: re.sub(r" at 0x[0-9a-f]+", "", repr(x)))
 def test_an_abstract_state_costs_no_memory(options):
     """`eval_shape` of create gives the shapes that a checkpoint is restored into."""
 

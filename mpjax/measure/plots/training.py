@@ -47,12 +47,14 @@ def training_curves(
     'a.png'
     """
     loss, scale, held_out = (
-        {name: _curve(run, key, at) for name, run in runs.items() if key in run}
+        {name: _curve(run, key, at) for name, run in runs.items() if len(run.get(key, ()))}
         for key, at in (("loss", "attempt"), ("loss_scale", "attempt"), (metric, "eval_attempt"))
     )
     reference = next(iter(runs), "")
-    distance = {name: _distance(curve, loss[reference]) for name, curve in loss.items() if reference in loss}
-    distance.pop(reference, None)
+    distance = {
+        name: _distance(loss[name], loss[reference]) for name in loss if reference in loss and name != reference
+    }
+    distance = {name: curve for name, curve in distance.items() if len(curve[0])}
     skips = {name: _skips(run) for name, run in runs.items()}
     scaled = {name: curve for name, curve in scale.items() if (curve[1] != 1).any() or len(skips[name])}
     panels = [(draw, curves) for draw, curves in (
@@ -146,7 +148,7 @@ def _noisy(axes: Any, curves: Any, styles: Any) -> None:
         axes.set_yscale("log")
     for name, (x, y) in curves.items():
         y = np.where(np.isfinite(y) & ((y > 0) | (axes.get_yscale() != "log")), y, np.nan)
-        window = max(len(y) // 40, 1)
+        window = min(max(len(y) // 40, 1), 200)
         if window > 1:
             axes.plot(x, y, color=styles[name]["color"], linewidth=0.6, alpha=0.25)
         axes.plot(x, _running_mean(y, window), **styles[name])
@@ -163,10 +165,11 @@ def _readable_decades(axes: Any, positive: np.ndarray) -> None:
 
 
 def _running_mean(y: np.ndarray, window: int) -> np.ndarray:
-    """The mean of the finite values among the last `window`; NaN where there is none."""
+    """The mean of the finite values among the last `window`; NaN where there is none.
+
+    Window by window: a running total would never forget one huge loss.
+    """
     kept = np.isfinite(y)
-    total, count = (np.concatenate([[0.0], np.cumsum(a)]) for a in (np.where(kept, y, 0.0), kept.astype(float)))
-    last = np.arange(1, len(y) + 1)
-    first = np.maximum(last - window, 0)
-    n = count[last] - count[first]
-    return np.where(n > 0, (total[last] - total[first]) / np.maximum(n, 1), np.nan)
+    padded = (np.concatenate([np.zeros(window - 1), a]) for a in (np.where(kept, y, 0.0), kept.astype(float)))
+    total, count = (np.lib.stride_tricks.sliding_window_view(a, window).sum(-1) for a in padded)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
