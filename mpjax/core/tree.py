@@ -74,6 +74,9 @@ def select_tree(pred: Bool[Array, ""], on_true: PyTree, on_false: PyTree) -> PyT
 
     Raises:
       ValueError: two strings differ.
+
+    >>> select_tree(jnp.array(False), {"w": jnp.float32(jnp.nan)}, {"w": jnp.float32(1)})
+    {'w': Array(1., dtype=float32)}
     """
     assert jnp.ndim(pred) == 0 and jnp.result_type(pred) == jnp.bool_, "expected boolean scalar"
 

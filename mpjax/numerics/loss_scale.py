@@ -6,7 +6,7 @@ import dataclasses
 import math
 import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -16,7 +16,6 @@ import numpy as np
 from mpjax.core.dtypes import facts, is_float, wide
 from mpjax.core.struct import pytree_dataclass, static_field
 from mpjax.core.tree import all_finite, select_tree
-from mpjax.core.types import PyTree
 
 __all__ = [
     "DynamicLossScale",
@@ -25,7 +24,6 @@ __all__ = [
     "StaticLossScale",
     "all_finite",
     "dynamic_loss_scale",
-    "scaled_value_and_grad",
     "select_tree",
     "static_loss_scale",
 ]
@@ -213,57 +211,7 @@ def _require(name: str, value: Any, legal: str, holds: bool) -> None:
         raise ValueError(f"loss scale: got {name}={value!r}; legal is {legal}; leave it out for the default")
 
 
-def scaled_value_and_grad(
-    fun: Callable, loss_scale: LossScale, argnums: int | Sequence[int] = 0, has_aux: bool = False
-) -> Callable:
-    """`jax.value_and_grad` whose backward pass runs on the scaled loss: value and gradients come back unscaled, float32.
-
-        value, grads = value_and_grad(scale · float32(fun(…)));  return value, float32(grads) / scale
-
-    Args:
-      fun: as for `jax.value_and_grad`: returns a scalar loss, or `(loss, aux)` with `has_aux`.
-      loss_scale: one of the three; may be a traced part of a train state.
-      argnums, has_aux: as for `jax.value_and_grad`.
-
-    Returns:
-      A function that returns `(value, grads)`, or `((value, aux), grads)`. `value` is not touched by the scale; a
-      gradient leaf that overflowed is inf or NaN here, which `mpjax.all_finite(grads)` finds.
-
-    >>> loss_fn = lambda w: w.astype(jnp.float16) * 2.0**-15 * 2.0**-15  # 2⁻³⁰ is zero in float16
-    >>> float(jax.grad(loss_fn)(1.0)), float(scaled_value_and_grad(loss_fn, static_loss_scale(2.0**15))(1.0)[1]) == 2.0**-30
-    (0.0, True)
-    """
-
-    differentiate = value_and_scaled_grad(fun, loss_scale, argnums, has_aux)
-
-    def value_and_grad(*args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
-        value, grads = differentiate(*args, **kwargs)
-        return value, loss_scale.unscale(grads)
-
-    return value_and_grad
-
-
-def value_and_scaled_grad(
-    fun: Callable, loss_scale: LossScale, argnums: int | Sequence[int] = 0, has_aux: bool = False
-) -> Callable:
-    """As `scaled_value_and_grad`, but the gradients come back scaled, for a caller who adds several up first."""
-
-    def scaled(*args: Any, **kwargs: Any) -> tuple[jax.Array, tuple]:
-        out = fun(*args, **kwargs)
-        value, aux = out if has_aux else (out, None)
-        value = _at_least_float32(value)
-        return loss_scale.scale(value), (value, aux)
-
-    differentiate = jax.value_and_grad(scaled, argnums, has_aux=True)
-
-    def value_and_grad(*args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
-        (_, (value, aux)), grads = differentiate(*args, **kwargs)
-        return ((value, aux) if has_aux else value), jax.tree.map(_at_least_float32, grads)
-
-    return value_and_grad
-
-
-def _at_least_float32(x: Any) -> Any:
+def at_least_float32(x: Any) -> Any:
     """A float array in float32 or wider; anything else as it is."""
     return x.astype(wide(x.dtype)) if is_float(x) else x
 
@@ -279,9 +227,10 @@ def _over(tree: T, scale: Any) -> T:
 
 def _act(operation: Callable[[Any, Any], Any], x: Any, scale: Any) -> Any:
     """The scale acts in float32 or wider on a float or complex array or a Python number; any other leaf passes."""
-    numeric = jnp.issubdtype(x.dtype, jnp.inexact) if hasattr(x, "dtype") else type(x) in (int, float)
+    if not (jnp.issubdtype(x.dtype, jnp.inexact) if hasattr(x, "dtype") else type(x) in (int, float)):
+        return x
     dtype = wide(getattr(x, "dtype", jnp.float32))
-    return operation(jnp.asarray(x, dtype), jnp.asarray(scale, dtype)) if numeric else x
+    return operation(jnp.asarray(x, dtype), jnp.asarray(scale, dtype))
 
 
 def _static_float(x: Any) -> Any:

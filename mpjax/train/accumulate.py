@@ -12,7 +12,8 @@ from mpjax.core.dtypes import wide
 from mpjax.core.model import SINKS
 from mpjax.core.tree import all_finite, path_of
 from mpjax.core.types import Batch, MState, Params, PyTree
-from mpjax.numerics.loss_scale import LossScale, value_and_scaled_grad
+from mpjax.numerics.loss_scale import LossScale
+from mpjax.numerics.scaled_grad import value_and_scaled_grad
 from mpjax.train.state import Aux, merge_trainable
 
 

@@ -76,6 +76,10 @@ def evaluate(
 
     Raises:
       ValueError: no batches.
+
+    >>> eval_step = lambda state, x: {"loss": (x.sum(), jnp.float32(x.size))}  # or from make_eval_step
+    >>> evaluate(eval_step, None, [jnp.ones(3), jnp.zeros(1)])
+    {'loss': 0.75}
     """
     if cast is not None:
         state = dataclasses.replace(state, params=jax.jit(cast)(state.averaged_params), ema=None)

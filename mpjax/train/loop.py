@@ -23,6 +23,9 @@ class NonFiniteError(FloatingPointError):
     """Training stopped because too many steps in a row were skipped; the message names step, scale and gradient leaf.
 
     `result` is what the run gave until then; its params are those of the last good step.
+
+    >>> issubclass(NonFiniteError, FloatingPointError)
+    True
     """
 
     result: FitResult | None = None
@@ -60,6 +63,9 @@ class FitResult:
       best: the best value of the chosen metric and the attempts made then, or None.
       stopped: `"done"`, `"early"` (patience), `"exhausted"` (no more batches) or `"interrupted"` (Ctrl-C).
       steps_per_second: attempts a second, without the first, which compiles, and without evaluations; 0 for fewer than two.
+
+    >>> FitResult(state=None, history=[{"attempt": 0, "loss": 2.3}]).stopped
+    'done'
     """
 
     state: Any

@@ -49,6 +49,11 @@ class TrainState:
       ema: float32 moving average of the trainable params, or None.
       trainable: static; one bool for each leaf of params, or None where all are trained.
       ema_decay: static; the decay of `ema`, or None.
+
+    >>> model = Model(lambda rng, x: ({"w": jnp.zeros(3)}, {}), lambda p, m, x, rng=None: (x @ p["w"], m))
+    >>> state = TrainState.create(model, optax.sgd(0.1), jax.random.key(0), jnp.ones(3))
+    >>> jax.tree.map(jnp.shape, state.params), int(state.attempt)
+    ({'w': (3,)}, 0)
     """
 
     step: Any

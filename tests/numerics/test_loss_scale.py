@@ -113,7 +113,7 @@ def unchecked(monkeypatch):
 def test_fault_13_an_initial_scale_that_is_no_positive_float32(unchecked, bad):
     with pytest.raises(ValueError, match=r"got initial=.*legal is .*; leave it out for the default"):
         dynamic_loss_scale(bad)
-    with pytest.raises(ValueError, match=r"got scale=.*legal is .*> 0"):
+    with pytest.raises(ValueError, match=r"got scale=.*legal is .*; leave it out for the default"):
         static_loss_scale(bad)
 
 

@@ -36,7 +36,9 @@ OPTIMIZER = optax.adam(1e-3)
 
 def pointers(tree):
     """The addresses of all buffers of a tree."""
-    leaves = [jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in jax.tree.leaves(tree)]
+    leaves = [
+        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in jax.tree.leaves(tree)
+    ]
     return [x.unsafe_buffer_pointer() for x in leaves if isinstance(x, jax.Array)]
 
 
@@ -180,7 +182,9 @@ PATHS = ("body/0/bias", "body/0/kernel", "head/bias", "head/kernel", "table")
 )
 def test_trainable_chooses_by_path_or_predicate(trainable, trained):
     if trained is None:
-        with pytest.raises(ValueError, match=r"trainable=.*'head_0'.* matches no param; the paths are body/0/bias, body/0/kernel"):
+        with pytest.raises(
+            ValueError, match=r"trainable=.*'head_0'.* matches no param; the paths are body/0/bias, body/0/kernel"
+        ):
             TrainState.create(MODEL, OPTIMIZER, KEY, trainable=trainable)
         return
     state = TrainState.create(MODEL, OPTIMIZER, KEY, trainable=trainable, ema_decay=0.5)
@@ -232,7 +236,9 @@ def test_create_refuses(options, message):
 
 def test_params_that_lie_under_one_canonical_path_are_still_two():
     """`a_1` and `a/1` read alike: neither may stand in for the other unseen."""
-    model = Model(lambda rng: ({"a": [jnp.zeros(1), jnp.zeros(1)], "a_1": jnp.zeros(2)}, {}), lambda *a, **k: (None, {}))
+    model = Model(
+        lambda rng: ({"a": [jnp.zeros(1), jnp.zeros(1)], "a_1": jnp.zeros(2)}, {}), lambda *a, **k: (None, {})
+    )
     with pytest.raises(ValueError, match=r"a/1"):
         TrainState.create(model, OPTIMIZER, KEY, params={"a": [np.zeros(1), np.zeros(5)], "a_1": np.zeros(2)})
 
@@ -339,7 +345,9 @@ def test_a_state_is_traced_once_through_every_verb():
 
 
 def test_weak_types_and_python_numbers_are_made_strong():
-    model = Model(lambda rng: ({"w": 0.5, "v": jnp.asarray(1.0)}, {"s": {"n": 1, "x": jnp.asarray(2.0)}}), lambda *a, **k: a)
+    model = Model(
+        lambda rng: ({"w": 0.5, "v": jnp.asarray(1.0)}, {"s": {"n": 1, "x": jnp.asarray(2.0)}}), lambda *a, **k: a
+    )
     optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=0.5)
     scale = DynamicLossScale(32768.0, counter=0)
     state = TrainState.create(model, optimizer, KEY, loss_scale=scale, ema_decay=0.5)
@@ -348,7 +356,9 @@ def test_weak_types_and_python_numbers_are_made_strong():
     assert state.loss_scale.loss_scale.dtype == jnp.float32 and state.loss_scale.counter.dtype == jnp.int32
 
 
-@pytest.mark.parametrize("options", [{}, {"optimizer_dtype": None}], ids=lambda x: re.sub(r" at 0x[0-9a-f]+", "", repr(x)))
+@pytest.mark.parametrize(
+    "options", [{}, {"optimizer_dtype": None}], ids=lambda x: re.sub(r" at 0x[0-9a-f]+", "", repr(x))
+)
 def test_an_abstract_state_costs_no_memory(options):
     """`eval_shape` of create gives the shapes that a checkpoint is restored into."""
 

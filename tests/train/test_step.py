@@ -86,7 +86,11 @@ def test_the_order_of_a_step_stands_in_its_jaxpr():
     names = [e.primitive.name for e in jaxpr.eqns]
 
     def where(name, *, uses=None):
-        return [i for i, e in enumerate(jaxpr.eqns) if e.primitive.name == name and (uses is None or any(v is uses for v in e.invars))]
+        return [
+            i
+            for i, e in enumerate(jaxpr.eqns)
+            if e.primitive.name == name and (uses is None or any(v is uses for v in e.invars))
+        ]
 
     (scan,), (norm,) = where("scan"), where("sqrt")
     unscale, select = where("div", uses=scale), where("select_n")
@@ -293,7 +297,8 @@ def drawing(params, mstate, batch, rng):
 
 
 DRAWING = Model(
-    lambda rng: ({"w": jnp.ones(3), "b": jnp.zeros(())}, {"drawn": {"log": jnp.zeros(4), "n": jnp.int32(0)}}), lambda *a: a
+    lambda rng: ({"w": jnp.ones(3), "b": jnp.zeros(())}, {"drawn": {"log": jnp.zeros(4), "n": jnp.int32(0)}}),
+    lambda *a: a,
 )
 
 
@@ -429,7 +434,10 @@ tap.defvjp(lambda x, sink: (x, x), _tapped)
 
 def tapped_model(start=0.0):
     def init(rng):
-        return {"w": jnp.zeros(3), "b": jnp.zeros(())}, {SINKS: {"probe": jnp.full(3, start)}, "n": {"calls": jnp.int32(0)}}
+        return {"w": jnp.zeros(3), "b": jnp.zeros(())}, {
+            SINKS: {"probe": jnp.full(3, start)},
+            "n": {"calls": jnp.int32(0)},
+        }
 
     return Model(init, lambda *a: a)
 
@@ -542,7 +550,9 @@ def test_a_donated_state_is_refused_with_what_to_do():
 def test_an_optimizer_that_wants_the_loss_gets_it(skip):
     """`reduce_on_plateau` reads the value that training is to lower."""
     with standard():
-        optimizer = optax.chain(optax.sgd(0.0), optax.contrib.reduce_on_plateau(factor=0.5, patience=2, accumulation_size=1))
+        optimizer = optax.chain(
+            optax.sgd(0.0), optax.contrib.reduce_on_plateau(factor=0.5, patience=2, accumulation_size=1)
+        )
         state, step = created(optimizer), make_train_step(mean_loss, optimizer, skip=skip)
         for _ in range(4):
             state, metrics = step(state, (X, Y))
@@ -686,7 +696,9 @@ def test_settings_outside_the_legal_are_refused(options, message, monkeypatch):
 def test_a_dynamic_scale_needs_the_skip():
     optimizer = optax.sgd(0.1)
     step = make_train_step(mean_loss, optimizer, skip="off")
-    with pytest.raises(ValueError, match=r"skip='off' came with a DynamicLossScale.*use skip='nonfinite' or a static_loss_scale"):
+    with pytest.raises(
+        ValueError, match=r"skip='off' came with a DynamicLossScale.*use skip='nonfinite' or a static_loss_scale"
+    ):
         step(created(optimizer, loss_scale=dynamic()), (X, Y))
 
 
