@@ -146,7 +146,7 @@ def test_fault_03_four_hundred_skips_in_a_row(floor):
     state = run(state)
     assert held(state) == held(start) and float(state.loss_scale.loss_scale) == floor
     assert (int(state.skipped), int(state.skipped_in_a_row), int(state.step), int(state.attempt)) == (400, 400, 0, 400)
-    good, metrics = step(state, (X, Y))
+    good, _metrics = step(state, (X, Y))
     assert int(good.step) == 1 and int(good.skipped_in_a_row) == 0 and int(good.skipped) == 400
     plain, _ = step(dataclasses.replace(state, loss_scale=dynamic(1.0, floor=floor if floor <= 1 else 1.0)), (X, Y))
     assert fingerprint(good.params) == fingerprint(plain.params)
@@ -236,7 +236,7 @@ def test_fault_05_unscaling_happens_in_float32(accumulate):
     with pytest.warns(mpjax.VanishingUpdateWarning):
         state = TrainState.create(half_params([1.0, 2.0]), optimizer, KEY, loss_scale=dynamic())
     step = make_train_step(lambda p, m, b, rng: (p["w"] * HALF_TINY).sum(), optimizer, accumulate=accumulate)
-    after, metrics = step(state, None)
+    after, _metrics = step(state, None)
     assert after.opt_state[0].grads["w"].tolist() == [2.0**-24] * 2
     assert after.opt_state[0].grads["w"].dtype == jnp.float32
 
@@ -353,7 +353,7 @@ def test_fault_08_adam_in_float16():
         state = TrainState.create(half_params([1.0, 2.0]), optimizer, KEY, loss_scale=dynamic())
     assert {str(x.dtype) for x in jax.tree.leaves(state.opt_state)} == {"float32", "int32"}
     step = make_train_step(lambda p, m, x, rng: (p["w"][0] * x).astype(jnp.float32).mean(), optimizer, donate=False)
-    after, metrics = step(state, np.ones(2, np.float16))
+    after, _metrics = step(state, np.ones(2, np.float16))
     assert int(after.step) == 1 and after.params["w"].dtype == jnp.float16
     assert after.params["w"].tolist() == [float(np.float16(0.9)), 2.0]
     with pytest.warns(mpjax.PrecisionWarning) as caught:

@@ -249,7 +249,7 @@ def test_a_schedule_counts_applied_steps_only():
 def test_metrics_have_fixed_names_and_dtypes(accumulate, scale):
     optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=0.5)
     step = make_train_step(masked_loss, optimizer, accumulate=accumulate)
-    after, metrics = step(created(optimizer, loss_scale=scale), (X, Y, np.ones(8, np.float32)))
+    _after, metrics = step(created(optimizer, loss_scale=scale), (X, Y, np.ones(8, np.float32)))
     assert {name: str(x.dtype) for name, x in metrics.items()} == {
         "loss": "float32",
         "grad_norm": "float32",
@@ -555,7 +555,7 @@ def test_an_optimizer_that_wants_the_loss_gets_it(skip):
         )
         state, step = created(optimizer), make_train_step(mean_loss, optimizer, skip=skip)
         for _ in range(4):
-            state, metrics = step(state, (X, Y))
+            state, _metrics = step(state, (X, Y))
         assert float(state.opt_state[1].scale) == 0.5
         np.testing.assert_allclose(state.opt_state[1].best_value, slopes(START)[0], rtol=32 * EPS)
 
