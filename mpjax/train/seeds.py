@@ -19,6 +19,9 @@ class Seeds:
     Args:
       seed: the seed itself.
       init: a key for `TrainState.create` (initial params, and the rng that steps fold their attempt into).
+
+    >>> sorted(seeds(0).order(epoch=3, examples=4).tolist())
+    [0, 1, 2, 3]
     """
 
     seed: int
