@@ -44,7 +44,7 @@ class Config:
     """Largest global gradient norm."""
     width: int = 64
     """Features a token."""
-    depth: int = 3
+    depth: int = 2
     """Transformer blocks."""
     heads: int = 4
     """Attention heads."""

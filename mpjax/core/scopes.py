@@ -35,6 +35,8 @@ def path_in(name_stack: str) -> str:
     for segment in name_stack.split("/"):
         while found := _WRAPPED.match(segment):
             segment = found[1]
-        if re.fullmatch(r"[A-Za-z]\w*(\.\w+)?", segment):  # an einsum leaves its formula behind
+        # An einsum leaves its formula behind, a backward pass through remat a word of its own.
+        if re.fullmatch(r"[A-Za-z]\w*(\.\w+)?", segment) and segment != "rematted_computation":
             segments.append(segment.partition(".")[0])
-    return canonical_path("/".join(segments[1:]))
+    starts = [i for i, segment in enumerate(segments) if segment == segments[0]]  # remat's backward restarts at the root
+    return canonical_path("/".join(segments[starts[-1] + 1 :] if starts else []))

@@ -10,7 +10,7 @@ import pytest
 
 from mpjax.core.tree import all_finite
 from mpjax.numerics.loss_scale import NoOpLossScale, dynamic_loss_scale, static_loss_scale
-from mpjax.numerics.scaled_grad import scaled_value_and_grad
+from mpjax.numerics.scaled_grad import scaled_value_and_grad, value_and_scaled_grad
 
 
 def half_precision_loss(params, x, c):
@@ -106,3 +106,12 @@ def test_the_scale_may_be_traced_and_its_value_does_not_recompile():
     found = [step(dynamic_loss_scale(s), jnp.float32(3)) for s in (2.0, 2.0**10, 2.0**15)]
     assert [(float(v), float(g)) for v, g in found] == [(9, 6)] * 3
     chex.clear_trace_counter()
+
+
+@pytest.mark.parametrize("master", ["float16", "float32"])
+def test_gradients_that_will_be_summed_come_back_scaled_in_float32(master):
+    w, scale = jnp.asarray(3.0, master), dynamic_loss_scale(2.0**10)
+    (value, aux), grad = value_and_scaled_grad(lambda w: (w * w, "aux"), scale, has_aux=True)(w)
+    assert (float(value), aux, value.dtype) == (9, "aux", jnp.float32)
+    assert (grad.dtype, float(grad)) == (jnp.float32, 6 * 2.0**10)
+    assert float(scale.unscale(grad)) == 6
