@@ -38,5 +38,7 @@ def path_in(name_stack: str) -> str:
         # An einsum leaves its formula behind, a backward pass through remat a word of its own.
         if re.fullmatch(r"[A-Za-z]\w*(\.\w+)?", segment) and segment != "rematted_computation":
             segments.append(segment.partition(".")[0])
-    starts = [i for i, segment in enumerate(segments) if segment == segments[0]]  # remat's backward restarts at the root
+    starts = [
+        i for i, segment in enumerate(segments) if segment == segments[0]
+    ]  # remat's backward restarts at the root
     return canonical_path("/".join(segments[starts[-1] + 1 :] if starts else []))
