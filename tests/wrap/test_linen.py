@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -117,8 +118,9 @@ def test_a_float32_policy_changes_nothing(case):
         np.testing.assert_allclose(x, y, rtol=0, atol=32 * np.finfo(np.float32).eps * scale)
 
 
-@pytest.mark.parametrize("policy", HALVES)
-@pytest.mark.parametrize("case", RUN, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    ("case", "policy"), [*zip(RUN, itertools.cycle(HALVES), strict=False)], ids=lambda x: getattr(x, "name", x)
+)
 def test_half_precision_runs_and_stays_near_float32(case, policy):
     """The real thing, compiled: finite, and within the format's rounding of the float32 model."""
     model = mpjax.wrap(case.module, policy)
