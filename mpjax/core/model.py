@@ -13,6 +13,12 @@ A probe's histogram and a delayed float8 scale leave the backward pass this way.
 """
 
 
+def _no_merge(params: Any, mstate: Any) -> Any:
+    raise ValueError(
+        "this Model has no NNX module to give back; one from mpjax.wrap(an nnx.Module or its constructor, rules) has"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """A model as two pure functions, free of Flax.
@@ -28,6 +34,7 @@ class Model:
       policy: the `Policy` or `PolicyMap` by which `apply` computes. It is only read: a float16 one gets a loss scale.
       table: for a wrapped module, `table(*args, **kwargs)` gives the resolution table that `explain` prints.
       cast_params: casts params to their compute dtypes once, for evaluation.
+      merge: for a module wrapped from NNX, `merge(params, mstate)` gives an ordinary module of the user's classes back.
 
     >>> import jax.numpy as jnp
     >>> model = Model(lambda rng, x: ({"w": jnp.ones(3)}, {}), lambda params, mstate, x, rng=None: (x @ params["w"], mstate))
@@ -40,6 +47,7 @@ class Model:
     policy: Any = None
     table: Callable[..., Any] | None = None
     cast_params: Callable[[Any], Any] = lambda params: params
+    merge: Callable[[Any, Any], Any] = _no_merge
 
     def explain(self, *args: Any, **kwargs: Any) -> str:
         """The resolution table as text: path, class, the rule that matched, and dtypes, for these sample inputs."""

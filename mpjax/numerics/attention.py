@@ -62,17 +62,18 @@ def attention(
     dtype: DTypeLike | None = None,
     precision: Any = None,
     module: Any = None,
+    is_causal: bool = False,
 ) -> jax.Array:
     """Dot-product attention with both products in the compute dtype and the softmax in float32.
 
-    Takes the place of `flax.linen.dot_product_attention`, and therefore has its parameter names: Flax passes only the
-    keywords that it finds in the signature. Without dropout and bias, on a GPU, in half precision, cuDNN's fused kernel
-    computes the same (see `fits_cudnn`).
+    Takes the place of `dot_product_attention` in `flax.linen` and `flax.nnx`, and therefore has their parameter names: Linen
+    passes only the keywords that it finds in the signature. Without dropout and bias, on a GPU, in half precision, cuDNN's
+    fused kernel computes the same (see `fits_cudnn`).
 
     Args:
       query: `[batch..., queries, heads, depth]`.
-      key: `[batch..., keys, heads, depth]`.
-      value: `[batch..., keys, heads, value depth]`.
+      key: `[batch..., keys, heads, depth]`, or with fewer heads, each shared by a group of neighbouring query heads.
+      value: `[batch..., keys, heads, value depth]`, as many heads as the key.
       bias: broadcastable to `[batch..., heads, queries, keys]`, added to the scores in float32.
       mask: bool (or 0/1), same shape, True where a key may be attended to.
       broadcast_dropout: one dropout mask for all batch elements and heads.
@@ -82,6 +83,7 @@ def attention(
       dtype: the compute dtype; the query's by default.
       precision: of both products, as in `jax.lax.dot_general`.
       module: a Flax module that sows `attention_weights`.
+      is_causal: a query attends to no key behind its own position, on top of what the mask allows.
 
     Returns:
       `[batch..., queries, heads, value depth]` in the compute dtype.
@@ -95,9 +97,14 @@ def attention(
     compute = query.dtype if dtype is None else jnp.dtype(dtype)
     query, key, value = (x.astype(compute) for x in (query, key, value))
     mask = None if mask is None else jnp.asarray(mask).astype(bool)
+    if key.shape[-2] != query.shape[-2]:
+        key, value = (jnp.repeat(x, query.shape[-2] // x.shape[-2], axis=-2) for x in (key, value))
     drops = not deterministic and dropout_rate > 0.0
     if not drops and bias is None and module is None and precision is None and fits_cudnn(query, key, value, mask):
-        return _cudnn(query, key, value, mask)
+        return _cudnn(query, key, value, mask, is_causal)
+    if is_causal:
+        causal = _causal(query, key)
+        mask = causal if mask is None else mask & causal
     scores = _scores(query, key, precision)
     if bias is not None:
         scores = scores.astype(jnp.float32) + bias.astype(jnp.float32)
@@ -135,12 +142,20 @@ def fits_cudnn(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Arr
     return jax.default_backend() == "gpu" and halves and shapes and lengths and (mask is None or mask.ndim == 4)
 
 
-def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+def _causal(query: jax.Array, key: jax.Array) -> jax.Array:
+    """True where a key is not behind the query's position, `[1..., queries, keys]`."""
+    return jnp.tril(jnp.ones((*(1,) * (query.ndim - 2), query.shape[-3], key.shape[-3]), bool))
+
+
+def _cudnn(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None, is_causal: bool = False
+) -> jax.Array:
     if mask is not None:
+        mask, is_causal = (mask & _causal(query, key) if is_causal else mask), False
         # A fully masked row is uniform and has no gradient: a zero query sees all keys alike, and its scores reach neither
         # q nor k. (Left to the kernel's large negative bias, the gradient of such rows in bfloat16 was wrong.)
         alive = mask.any(-1, keepdims=True)
         query = jnp.where(alive[..., 0].swapaxes(1, 2)[..., None], query, jnp.zeros_like(query))
         mask = mask | ~alive
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1]))  # cuDNN broadcasts no length
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=is_causal, implementation="cudnn")

@@ -19,6 +19,9 @@ ISLANDS = frozenset(
 )  # fmt: skip
 """Names of module classes that run in float32 by default: a class with one of them in its MRO is an island."""
 
+WRAPPERS = frozenset({"SpectralNorm", "WeightNorm"})
+"""Islands that do not reach into the layer that they wrap: its weights are normalised in float32, its product is not run so."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -97,10 +100,16 @@ class PolicyMap:
             return False
         return issubclass(cls, self.islands) or not ISLANDS.isdisjoint(base.__name__ for base in cls.__mro__)
 
+    def _reaches(self, cls: Any, is_self: bool) -> bool:
+        """Whether a module of this class makes an island of itself, or of a module below it."""
+        if is_self or not self.is_island(cls):
+            return self.is_island(cls)
+        return issubclass(cls, self.islands) or WRAPPERS.isdisjoint(base.__name__ for base in cls.__mro__)
+
     def resolve(self, path: str, sites: Sites) -> Resolution:
         """What holds at `path`, given the classes of the modules around it (unknown ones are no islands)."""
         above = list(lineage(path))
-        depth = next((n for n, p in enumerate(above) if self.is_island(sites.get(p))), None)
+        depth = next((n for n, p in enumerate(above) if self._reaches(sites.get(p), is_self=n == 0)), None)
         island = None if depth is None else above[depth]
         inside = above[:depth]  # the modules from `path` up to, not including, the island
         for index, rule in enumerate(self.rules):

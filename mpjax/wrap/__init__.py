@@ -53,12 +53,16 @@ def wrap(module: Any, policy: Any = "mixed_bfloat16", *, streams: tuple[str, ...
         )
     from mpjax.wrap import linen
 
-    if not linen.takes(module):
-        raise TypeError(
-            f"got {module!r:.80}; wrap takes a flax.linen Module instance (nn.Dense(8), not nn.Dense); "
-            "bare functions make a model by mpjax.Model(init, apply)"
-        )
-    return linen.wrap_linen(module, rules, streams)
+    if linen.takes(module):
+        return linen.wrap_linen(module, rules, streams)
+    from mpjax.wrap import nnx
+
+    if nnx.takes(module):
+        return nnx.wrap_nnx(module, rules)
+    raise TypeError(
+        f"got {module!r:.80}; wrap takes a flax.linen Module instance (nn.Dense(8), not nn.Dense), an nnx.Module, or a "
+        "function from nnx.Rngs to one; bare functions make a model by mpjax.Model(init, apply)"
+    )
 
 
 class _CallablePackage(types.ModuleType):

@@ -425,7 +425,7 @@ def test_the_fused_kernel_is_taken_where_its_documented_limits_hold(monkeypatch)
 def test_the_fused_kernel_is_taken_only_where_it_computes_the_same(monkeypatch, more, fused):
     taken = []
     monkeypatch.setattr(room, "fits_cudnn", lambda *args: True)
-    monkeypatch.setattr(room, "_cudnn", lambda q, k, v, mask: taken.append(True) or v)
+    monkeypatch.setattr(room, "_cudnn", lambda q, k, v, mask, is_causal: taken.append(True) or v)
     make = {"dropout_rng": jax.random.key, "mask": jnp.asarray, "bias": jnp.asarray}
     more = {name: make[name](x) if name in make else x for name, x in more.items()}
     jax.eval_shape(lambda q, k, v: attention(q, k, v, **more), *shapes())

@@ -270,12 +270,14 @@ class Case:
     """A model, its inputs, and its twin by hand (None: Flax alone cannot run it in bfloat16, or it has no dtype)."""
 
     name: str
-    module: nn.Module
+    module: Any
+    """A Linen module, an NNX constructor, or a function from policy to `Model`."""
     sample: jax.Array
-    by_hand: nn.Module | None = None
+    by_hand: Any = None
     train: bool = False
     float32_matrix_products: int = 0
     """Products of weights alone that are float32 on purpose (power iterations)."""
+    door: str = "linen"
 
 
 TOKENS = jax.random.randint(jax.random.key(1), (4, 32), 0, 48)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from mpjax.core.types import MState, Params
 from mpjax.policy.patterns import lineage
 from mpjax.policy.resolution import Table, resolution_table
 from mpjax.policy.rules import PolicyMap
+from mpjax.wrap.arguments import call_arguments
 from mpjax.wrap.linen.calls import Interceptor
 from mpjax.wrap.linen.layers import init_in_full
 from mpjax.wrap.linen.sites import Sites, record
@@ -41,7 +41,7 @@ def wrap_linen(module: nn.Module, rules: PolicyMap, streams: tuple[str, ...]) ->
         return known[key]
 
     def init_call(rng: Any, args: tuple, kwargs: dict) -> tuple[Any, Callable[[], Any]]:
-        method, kwargs = _arguments(module, kwargs)
+        method, kwargs, _ = call_arguments(type(module), kwargs)
         keys = {"params": rng} | {name: jax.random.fold_in(rng, n) for n, name in enumerate(streams, 1)}
         return ("init", method, _signature(args, kwargs)), functools.partial(
             module.init, keys, *args, method=method, **kwargs
@@ -56,7 +56,7 @@ def wrap_linen(module: nn.Module, rules: PolicyMap, streams: tuple[str, ...]) ->
         return cast_by_path(params, lambda path: _policy_at(rules, sites, path).param_dtype), variables
 
     def apply(params: Params, mstate: MState, *args: Any, rng: jax.Array | None = None, **kwargs: Any) -> Any:
-        method, kwargs = _arguments(module, kwargs)
+        method, kwargs, _ = call_arguments(type(module), kwargs)
         keys = {} if rng is None else {n: jax.random.fold_in(rng, i) for i, n in enumerate(("params", *streams))}
         run = functools.partial(module.apply, rngs=keys, mutable=list(mstate), method=method)
         key = ("apply", method, rng is None, _signature((params, mstate, *args), kwargs))
@@ -83,23 +83,6 @@ def wrap_linen(module: nn.Module, rules: PolicyMap, streams: tuple[str, ...]) ->
         return cast_by_path(params, lambda path: rules.resolve(_owner(path), classes).policy.compute_dtype)
 
     return Model(init, apply, policy=rules, table=table, cast_params=cast_params)
-
-
-def _arguments(module: nn.Module, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """`method`, and the keyword arguments that it takes: `train` reaches it only if it has that parameter."""
-    kwargs = dict(kwargs)
-    method = kwargs.pop("method", None)
-    train = kwargs.pop("train", None)
-    named = "__call__" if method is None else method
-    function = getattr(type(module), named, None) if isinstance(named, str) else named
-    if function is None:
-        raise ValueError(f"got method={method!r}; {type(module).__name__} has no such method; name one that it defines")
-    parameters = inspect.signature(function).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()) and train is not None:
-        kwargs["train"] = train
-    elif "train" in parameters and (train is not None or parameters["train"].default is inspect.Parameter.empty):
-        kwargs["train"] = bool(train) if train is None else train
-    return method, kwargs
 
 
 def _signature(args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -9,14 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
+from flax import linen as nn, nnx
 
 import mpjax
 from mpjax.measure.audit import audit
 from mpjax.measure.residuals import saved_residual_bytes
-from tests.wrap.zoo import CASES, Case
+from tests.wrap.doors import CASES, loss, loss_by_hand, model_of, plain
+from tests.wrap.zoo import Case
 
-RUN = [case for case in CASES if case.name in ("lm scan+remat", "convolutions", "LSTMCell", "attention")]
+KINDS = ("lm scan+remat", "convolutions", "LSTMCell", "attention")
+RUN = [case for case in CASES if case.name.removeprefix("nnx ") in KINDS]
 """Compiled and run: one of each kind. All others are read without being run."""
 
 HALVES = {"mixed_bfloat16": "bfloat16", "mixed_float16": "float16"}
@@ -25,7 +27,7 @@ HALVES = {"mixed_bfloat16": "bfloat16", "mixed_float16": "float16"}
 @functools.cache
 def prepared(case: Case, policy: str):
     """(loss of params, params, mstate, apply) of a case under a policy; params are abstract, nothing is computed."""
-    model = mpjax.wrap(case.module, policy)
+    model = model_of(case, policy)
     params, mstate = jax.eval_shape(model.init, jax.random.key(0), case.sample)
     rng = jax.random.key(3) if case.train else None
 
@@ -33,24 +35,6 @@ def prepared(case: Case, policy: str):
         return model.apply(params, mstate, case.sample, rng=rng, train=case.train or None)
 
     return functools.partial(loss, apply), params, mstate, apply
-
-
-def loss(apply, params, mstate):
-    """A scalar that every float output of the model reaches."""
-    outputs = [x for x in jax.tree.leaves(apply(params, mstate)[0]) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return sum(jnp.sin(x.astype(jnp.float32)).sum() for x in outputs)
-
-
-def by_hand(case: Case):
-    """The loss of the twin that was written in bfloat16 by hand, over the same float32 params."""
-    rngs = {"dropout": jax.random.key(3)} if case.train else {}
-    train = {"train": True} if case.train else {}
-
-    def apply(params, mstate):
-        variables = {"params": params, **mstate}
-        return case.by_hand.apply(variables, case.sample, rngs=rngs, mutable=list(mstate), **train)
-
-    return functools.partial(loss, apply)
 
 
 @pytest.mark.parametrize("policy", HALVES)
@@ -93,7 +77,7 @@ def test_residuals_are_those_of_the_model_by_hand(case):
     """The backward pass keeps at most 1.05 of the bytes that the same model written in bfloat16 by hand keeps."""
     loss_fn, params, mstate, _ = prepared(case, "mixed_bfloat16")
     ours = saved_residual_bytes(lambda p: loss_fn(p, mstate_of(mstate)), params)
-    theirs = saved_residual_bytes(lambda p: by_hand(case)(p, mstate_of(mstate)), params)
+    theirs = saved_residual_bytes(lambda p: loss_by_hand(case)(p, mstate_of(mstate)), params)
     assert 0 < ours <= 1.05 * theirs
 
 
@@ -104,14 +88,17 @@ def mstate_of(shapes):
 @pytest.mark.parametrize("case", RUN, ids=lambda case: case.name)
 def test_a_float32_policy_changes_nothing(case):
     """Under float32 the wrapped model is the bare Flax model, bit for bit where the sums are the same."""
-    model = mpjax.wrap(case.module, "float32")
+    model = model_of(case, "float32")
     params, mstate = jax.jit(model.init)(jax.random.key(0), case.sample)
-    rng = jax.random.key(3) if case.train else None
+    rng = jax.random.key(3) if case.train and case.door == "linen" else None
     found = jax.jit(lambda p, m: model.apply(p, m, case.sample, rng=rng, train=case.train or None)[0])(params, mstate)
-    rngs = {} if rng is None else {"params": jax.random.fold_in(rng, 0), "dropout": jax.random.fold_in(rng, 1)}
-    train = {"train": True} if case.train else {}
-    bare = functools.partial(case.module.apply, mutable=list(mstate), **train)
-    wanted, _ = jax.jit(lambda v: bare(v, case.sample, rngs=rngs))({"params": params, **mstate})
+    if case.door == "linen":
+        streams = None if rng is None else jax.random.fold_in(rng, 1)
+        wanted = jax.jit(lambda p, m: plain(case, streams)(p, m)[0])(params, mstate)
+    else:  # with the rng streams of mstate itself
+        module = model.merge(params, mstate)
+        (module.train if case.train else module.eval)()
+        wanted = nnx.jit(lambda module: module(case.sample))(module)
     # Attention and the jitted layers sum in another order: each of a few dozen roundings costs half an ulp.
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(wanted))
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
@@ -123,8 +110,7 @@ def test_a_float32_policy_changes_nothing(case):
 )
 def test_half_precision_runs_and_stays_near_float32(case, policy):
     """The real thing, compiled: finite, and within the format's rounding of the float32 model."""
-    model = mpjax.wrap(case.module, policy)
-    reference = mpjax.wrap(case.module, "float32")
+    model, reference = model_of(case, policy), model_of(case, "float32")
     params, mstate = jax.jit(reference.init)(jax.random.key(0), case.sample)
     rng = jax.random.key(3) if case.train else None
 

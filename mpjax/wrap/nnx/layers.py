@@ -1,0 +1,46 @@
+"""What Flax's own layers need: the attributes that decide their dtypes."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mpjax.numerics.attention import attention
+
+UPCASTING_NORMS = (nnx.BatchNorm, nnx.GroupNorm, nnx.InstanceNorm, nnx.LayerNorm, nnx.RMSNorm)
+"""Norms that widen their input inside: widening it before the call would keep a float32 copy for the backward pass."""
+
+
+def attributes_for(module: nnx.Module, compute: np.dtype) -> dict[str, Any]:
+    """The attributes of Flax's own layers by which a call computes in `compute`."""
+    attributes: dict[str, Any] = {}
+    if _is_float_attribute(module, "dtype"):
+        attributes["dtype"] = compute
+    if isinstance(module, UPCASTING_NORMS):
+        # Statistics are float32 whatever comes in; a bfloat16 input need not be stored a second time for them.
+        attributes["promote_dtype"] = _as_they_are if compute.itemsize >= 4 else module.promote_dtype
+    if isinstance(module, nnx.MultiHeadAttention) and module.attention_fn is nnx.dot_product_attention:
+        attributes["attention_fn"] = _attention
+    return attributes
+
+
+def _as_they_are(arrays: tuple, **_: Any) -> tuple:
+    return arrays
+
+
+def _attention(*qkv: Any, module: Any = None, **kwargs: Any) -> Any:
+    """Our attention with NNX's way of sowing: under a type, where Linen sows under a name."""
+    sower = module and types.SimpleNamespace(sow=lambda _, name, value: module.sow(nnx.Intermediate, name, value))
+    return attention(*qkv, **kwargs | {"module": sower})
+
+
+def _is_float_attribute(module: nnx.Module, name: str) -> bool:
+    """Whether the module has this dtype attribute, unset or a float: one that is set to an int dtype means something else."""
+    if name not in vars(module):
+        return False
+    value = vars(module)[name]
+    return value is None or jnp.issubdtype(value, jnp.floating)
