@@ -49,11 +49,12 @@ SITES = {
     "layers/1/attention": Attention,
     "layers/1/attention/query": Dense,
     "layers/1/norm": GatedNorm,
+    "layers/1/norm/gate": Dense,
     "weight": WeightNorm,
     "weight/dense": Dense,
     "head": Dense,
 }
-NORMS = {"layers/0/norm", "layers/1/norm", "weight", "weight/dense"}
+NORMS = {"layers/0/norm", "layers/1/norm", "layers/1/norm/gate", "weight"}
 
 
 def computing(rules: PolicyMap, dtype: str, sites: dict = SITES) -> set[str]:
@@ -116,12 +117,18 @@ def test_the_norms_of_flax_and_everyones_are_islands_by_name():
 @pytest.mark.parametrize("pattern", ["", "layers", "layers/*", "layers/0", "**", "**/*", "*", "**/n*", "re:.*", Module])
 def test_a_rule_on_an_ancestor_or_a_sweep_leaves_norms_alone(pattern):
     found = computing(PolicyMap({pattern: "f16"}), "f16")
-    assert found.isdisjoint(NORMS - {"weight/dense"})
+    assert found.isdisjoint(NORMS - {"layers/1/norm/gate"})
 
 
-@pytest.mark.parametrize("pattern", ["", "layers", "*", "**/*", "*/*", "re:.*", "weight*"])
+@pytest.mark.parametrize("pattern", ["", "layers", "*", "**/*", "*/*/*", "re:.*", "layers/1/norm*"])
 def test_what_stands_inside_an_island_is_as_sheltered_as_the_island(pattern):
-    assert "weight/dense" not in computing(PolicyMap({pattern: "f16"}), "f16")
+    assert "layers/1/norm/gate" not in computing(PolicyMap({pattern: "f16"}), "f16")
+
+
+def test_the_layer_inside_a_weight_norm_is_no_part_of_the_norm():
+    """Its weights are normalised in float32; its product is the layer's own (NNX has it below, Linen beside)."""
+    assert "weight/dense" in computing(PolicyMap(), "bf16")
+    assert "weight/dense" in computing(PolicyMap({"weight/*": "f16"}), "f16")
 
 
 @pytest.mark.parametrize(
@@ -129,10 +136,10 @@ def test_what_stands_inside_an_island_is_as_sheltered_as_the_island(pattern):
     [
         ("layers/0/norm", {"layers/0/norm"}),
         ("layers_0/norm", {"layers/0/norm"}),
-        ("**/norm", {"layers/0/norm", "layers/1/norm"}),
+        ("**/norm", {"layers/0/norm", "layers/1/norm", "layers/1/norm/gate"}),
         (LayerNorm, {"layers/0/norm"}),
-        (RMSNorm, {"layers/1/norm"}),  # the name of a base of the user's class
-        (GatedNorm, {"layers/1/norm"}),
+        (RMSNorm, {"layers/1/norm", "layers/1/norm/gate"}),  # the name of a base of the user's class
+        (GatedNorm, {"layers/1/norm", "layers/1/norm/gate"}),
         ("weight", {"weight", "weight/dense"}),
         (WeightNorm, {"weight", "weight/dense"}),
     ],
@@ -143,16 +150,16 @@ def test_only_its_class_or_exact_path_overrides_an_island(pattern, freed):
 
 def test_islands_stand_behind_the_users_own_rules_in_whatever_order():
     for rules in ({"layers": "f16", "**/norm": "f64"}, {"**/norm": "f64", "layers": "f16"}):
-        assert computing(PolicyMap(rules), "f64") == {"layers/0/norm", "layers/1/norm"}
+        assert computing(PolicyMap(rules), "f64") == {"layers/0/norm", "layers/1/norm", "layers/1/norm/gate"}
 
 
 def test_an_island_is_its_subtree():
-    assert {"weight", "weight/dense"} <= computing(PolicyMap({"": "f16"}), "f32")
+    assert {"layers/1/norm", "layers/1/norm/gate"} <= computing(PolicyMap({"": "f16"}), "f32")
 
 
 def test_a_rule_for_a_module_inside_an_island_acts_there_alone():
-    for pattern in ("weight/dense", "**/dense"):
-        assert computing(PolicyMap({pattern: "f16"}), "f16") == {"weight/dense"}
+    for pattern in ("layers/1/norm/gate", "**/gate"):
+        assert computing(PolicyMap({pattern: "f16"}), "f16") == {"layers/1/norm/gate"}
 
 
 def test_an_island_inside_an_island_obeys_its_own_name_only():
@@ -350,7 +357,10 @@ def test_a_rule_that_is_shadowed_in_part_acts():
 
 def test_fault_14_a_sweep_that_meets_islands_only_says_how_to_mean_them():
     message = refused({"layers/*/n*": "f16"})
-    assert "('layers/0/norm', 'layers/1/norm') is taken by an earlier rule or is a float32 island" in message
+    assert (
+        "('layers/0/norm', 'layers/1/norm', 'layers/1/norm/gate') is taken by an earlier rule or is a float32 island"
+        in message
+    )
     assert "name the island's class or exact path" in message
 
 
