@@ -56,7 +56,7 @@ def wrap_nnx(source: nnx.Module | Callable[..., nnx.Module], rules: PolicyMap) -
             module.train() if train else module.eval()
         token = running.set(None)  # one wrapped model may run inside another
         try:
-            out = getattr(module, method)(*args, **kwargs)
+            out = getattr(module, method if isinstance(method, str) else method.__name__)(*args, **kwargs)
         finally:
             running.reset(token)
         return out, leaves.updated(module, mstate, keep_rngs=rng is not None)
