@@ -1,7 +1,7 @@
 # Two commands on a fresh machine with python3 >= 3.11 (and its venv module) and make:
 #   make run     sets up .venv, runs the main job             ACCELERATOR=cuda13 (cuda12, tpu) where there is one
 #   make test    sets up .venv; ruff, mypy, the whole suite   PYTHON=python3.12 for another Python
-# Also: setup, lint, lock, clean. ARGS is passed on: make run ARGS=--help, make test ARGS='-k wrap'.
+# Also: setup, lint, lock, notebooks, clean. ARGS is passed on: make run ARGS=--help, make test ARGS='-k wrap'.
 
 PYTHON ?= python3
 ACCELERATOR ?=
@@ -28,7 +28,7 @@ ifeq ($(ACCELERATOR),)
 export JAX_PLATFORMS ?= cpu
 endif
 
-.PHONY: run test setup lint lock clean
+.PHONY: run test setup lint lock notebooks clean
 
 run: setup
 	$(BIN)/python -m experiments.vision_digits $(ARGS)
@@ -63,6 +63,10 @@ lock: $(MADE)
 	@$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-python-downloads \
 	  --no-header --no-annotate --all-extras $(ARGS) pyproject.toml -o constraints.txt
+
+# The .py is what people edit; the .ipynb is made from it, without outputs.
+notebooks: setup
+	$(BIN)/jupytext --quiet --update --to ipynb notebooks/*.py
 
 clean:
 	rm -rf .venv .venv-* build dist runs .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,184 @@
+"""The notebooks run, end in a picture, are more prose than code, and stand in step with the .py that people edit.
+
+The address of the repository is a placeholder until there is one. It stands in `pyproject.toml`; badge and install cell of
+each notebook repeat it, because Colab must find it there, and are held to it here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+jupytext = pytest.importorskip("jupytext", reason="jupytext is not installed; it comes with mpjax[notebooks]")
+nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed; it comes with mpjax[notebooks]")
+pytest.importorskip("nbclient", reason="nbclient is not installed; it comes with mpjax[notebooks]")
+pytest.importorskip("ipykernel", reason="ipykernel is not installed; it comes with mpjax[notebooks]")
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted((ROOT / "notebooks").glob("*.py"))
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
+MOST_CODE_CELLS = 15
+
+each = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+
+
+def cells(path: Path, kind: str | None = None) -> list[str]:
+    """The sources of a notebook's cells, from its .py or its .ipynb."""
+    return [cell.source for cell in jupytext.read(path).cells if kind in (None, cell.cell_type)]
+
+
+def prose(path: Path) -> str:
+    """What is there to read: markdown without the targets of its links and images."""
+    return re.sub(r"\]\([^)]*\)", "]", "\n".join(cells(path, "markdown")))
+
+
+# In a process of its own, so that the sockets and the event loop of the client are no matter of this suite.
+EXECUTE = """
+import sys
+import nbformat
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+
+source, target, home = sys.argv[1:]
+notebook = nbformat.read(source, as_version=4)
+kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=home + "/socket")
+kernel.kernel_spec.argv[0] = sys.executable
+NotebookClient(notebook, km=kernel, timeout=120, resources={"metadata": {"path": home}}).execute()
+nbformat.write(notebook, target)
+"""
+
+
+@pytest.fixture(scope="module", params=SOURCES, ids=lambda path: path.stem)
+def ran(request, tmp_path_factory):
+    """The committed notebook, run on one CPU device in a kernel of this interpreter; all that it writes is temporary."""
+    home = tmp_path_factory.mktemp("home")
+    # What conftest sets for the tests is not what a reader has.
+    ours = ("XLA_FLAGS", "MPLBACKEND", "JUPYTER_PATH", "PYTHONWARNINGS")
+    env = {name: value for name, value in os.environ.items() if name not in ours}
+    places = ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR")
+    env |= {name: str(home / name.lower()) for name in places}
+    env |= {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "JAX_PLATFORMS": "cpu"}
+    done = home / "done.ipynb"
+    command = [sys.executable, "-c", EXECUTE, str(request.param.with_suffix(".ipynb")), str(done), str(home)]
+    process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    return request.param, nbformat.read(done, as_version=4)
+
+
+def outputs(cell) -> list:
+    return cell.get("outputs", [])
+
+
+def printed(notebook) -> str:
+    return "".join(out.text for cell in notebook.cells for out in outputs(cell) if out.output_type == "stream")
+
+
+@pytest.mark.slow
+def test_it_runs_without_a_warning(ran):
+    _, notebook = ran
+    assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+    complaints = [
+        out.text
+        for cell in notebook.cells
+        for out in outputs(cell)
+        if out.output_type == "stream" and out.name == "stderr"
+    ]
+    assert complaints == []
+
+
+@pytest.mark.slow
+def test_it_ends_in_a_picture(ran):
+    _, notebook = ran
+    last = [cell for cell in notebook.cells if cell.cell_type == "code"][-1]
+    assert any("image/png" in out.get("data", {}) for out in outputs(last))
+
+
+@pytest.mark.slow
+def test_each_number_in_the_prose_stands_in_what_it_printed(ran):
+    """A figure that the text quotes was measured in this very run."""
+    source, notebook = ran
+    quoted = re.findall(r"(?<![\w.`])\d+(?:\.\d+)?%?(?![\w`])", re.sub(r"`[^`]*`", "", prose(source)))
+    assert [number for number in quoted if not re.search(rf"(?<![\d.]){number}(?![\d.])", printed(notebook))] == []
+
+
+@pytest.mark.slow
+def test_what_the_prose_says_of_the_numbers_holds(ran):
+    """The turns that the text takes, read off what was printed."""
+    source, notebook = ran
+    text = printed(notebook)
+    if source.stem == "01_formats":
+        rows = {name: [float(x) for x in rest] for name, *rest in re.findall(VANISHED, text, re.M)}
+        assert rows["float16"][1] == 100 and rows["float16, scaled"][1] == rows["bfloat16"][1] == 0
+        assert rows["float16, scaled"][2] < rows["bfloat16"][2] < rows["float16"][2]
+        assert re.search(r"good step 2: (\S+)\ngood step 3: (?!\1\n)", text)
+        assert "bfloat16   after a thousand updates: 1.0000" in text
+    else:
+        losses = {(door, policy): (a, b) for door, policy, a, b in re.findall(LOSSES, text, re.M)}
+        assert len(losses) == 4
+        for policy in ("float32", "mixed_bfloat16"):
+            assert losses["Linen", policy] == losses["NNX", policy]
+        assert all(float(last) < float(first) / 5 for first, last in losses.values())
+        skipped = [int(x) for x in re.search(r"were skipped: \[([\d ]+)\]", text)[1].split()]
+        assert skipped[0] == 0 and 60 in skipped and len(skipped) < 15
+        assert "'params': True, 'mstate': True, 'opt_state': True, 'loss_scale': False" in text
+        assert "NNXNet True float32" in text
+
+
+VANISHED = r"^(bfloat16|float16|float16, scaled) +([\d.]+)% +([\d.]+)% +(\S+)$"
+LOSSES = r"^(Linen|NNX) +(\S+) +loss (\S+) -> (\S+)$"
+
+
+def test_there_are_notebooks():
+    assert [path.stem for path in SOURCES] == ["01_formats", "02_first_mixed_step"]
+
+
+@each
+def test_the_pair_is_in_step_and_holds_no_outputs(source):
+    """`make notebooks` makes the .ipynb from the .py."""
+    made = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
+    nbformat.validate(made)
+    written = [(cell.cell_type, cell.source) for cell in jupytext.read(source).cells]
+    assert [(cell.cell_type, cell.source) for cell in made.cells] == written
+    assert not any(outputs(cell) or cell.get("execution_count") for cell in made.cells)
+
+
+@each
+def test_it_is_short_and_more_prose_than_code(source):
+    code = cells(source, "code")
+    assert 0 < len(code) <= MOST_CODE_CELLS
+    assert len(prose(source)) >= sum(map(len, code))
+
+
+@each
+def test_badge_and_install_cell_have_the_address_of_the_project_file(source):
+    owner_and_name = REPOSITORY.removeprefix("https://github.com/")
+    assert owner_and_name != REPOSITORY
+    first = cells(source, "markdown")[0]
+    (badge,) = re.findall(r"\]\((https://colab\.research\.google\.com/github/[^)]+)\)", first)
+    target = source.with_suffix(".ipynb").relative_to(ROOT).as_posix()
+    assert badge == f"https://colab.research.google.com/github/{owner_and_name}/blob/main/{target}"
+    install = cells(source, "code")[0]
+    assert install == cells(SOURCES[0], "code")[0]
+    assert f'"{REPOSITORY}"' in install
+    everything = "\n".join(cells(source)) + source.with_suffix(".ipynb").read_text(encoding="utf-8")
+    assert {found.rstrip('/"\\') for found in re.findall(r"https://github\.com/[^\s)\",]+", everything)} == {REPOSITORY}
+
+
+def test_the_install_cell_does_nothing_where_mpjax_is_there(monkeypatch):
+    calls = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: calls.append(command))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    install = cells(SOURCES[0], "code")[0]
+    exec(compile(install, "install", "exec"), {})
+    assert calls == []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    exec(compile(install, "install", "exec"), {})
+    clone, pip = calls
+    assert clone[:2] == ["git", "clone"] and REPOSITORY in clone
+    assert pip[-2:] == ["-e", f"{clone[-1]}[experiments]"] and sys.path[0] == clone[-1]
