@@ -160,8 +160,8 @@ def compare(
             run = train(
                 name, make_job(policy), folder / name, attempts, eval_every, seeds, step_options or {}, best, progress
             )
-        except KeyboardInterrupt:  # before its first step
-            interrupted = f"{name}, before its first step"
+        except KeyboardInterrupt:  # while it was compiled, or its row was made
+            interrupted = f"{name}, outside its steps"
             break
         if run.result.stopped == "interrupted":
             done = len(run.result.history)
