@@ -35,33 +35,33 @@ class Config:
     """Policy strings; the first is the reference."""
     rules: _run.Rules = ()
     """A policy map of your own, trained as one more policy; what no pattern names is mixed_bfloat16. Repeat it."""
-    steps: int = 200
+    steps: int = 1000
     """Optimizer steps for each policy."""
     batch_size: int = 16
     """Windows a step, over all its micro-batches."""
     accumulate: int = 1
     """Micro-batches a step: their gradients are added up in float32."""
-    context: int = 128
+    context: int = 64
     """Bytes a window."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 5e-3
     """Peak of the cosine schedule, after warm-up over a tenth of the steps."""
     weight_decay: float = 1e-2
     """AdamW's, a factor of the learning rate."""
     clip_norm: float = 1.0
     """Largest global gradient norm."""
-    width: int = 96
+    width: int = 64
     """Features a byte."""
-    depth: int = 3
+    depth: int = 2
     """Transformer blocks."""
-    heads: int = 4
+    heads: int = 2
     """Attention heads."""
     tied: bool = True
     """The head is the embedding, transposed; else it has weights of its own."""
     remat: bool = False
     """Keep only each block's input for the backward pass and compute the rest again."""
-    eval_every: int = 50
+    eval_every: int = 200
     """Steps between evaluations."""
-    eval_windows: int = 64
+    eval_windows: int = 256
     """Held-out windows, evenly spaced."""
     seed: int = 0
     """Init, batches and rng are derived from it (mpjax.seeds)."""
