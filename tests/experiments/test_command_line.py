@@ -11,10 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 import mpjax
 from experiments import _data, _run, language_gpt, mlp_jax, numerics_underflow, vision_digits
+from mpjax.measure.audit import audit
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,13 +53,24 @@ def test_one_policy_has_a_short_name_and_rules_are_pairs():
     assert maps["rules"].default == mpjax.get_policy("mixed_bfloat16")
 
 
-def test_a_map_of_rules_trains_as_one_more_policy(tmp_path):
-    config = vision_digits.Config(
-        policies=(), rules=(("**/attention", "c=f16"),), steps=2, eval_every=2, width=16, depth=1, heads=1,
-        workdir=str(tmp_path), progress=False,
-    )  # fmt: skip
-    (row,) = vision_digits.main(config)
-    assert row["policy"] == "rules" and row["matrix FLOPs"].keys() == {"bfloat16", "float16"}
+@pytest.mark.parametrize("experiment", [vision_digits, language_gpt])
+def test_a_map_of_rules_trains_as_one_more_policy(experiment, tmp_path, monkeypatch):
+    """It reaches the job that is trained, and decides there what computes in which dtype."""
+    text = np.zeros(1000, np.uint8)
+    monkeypatch.setattr(_data, "shakespeare", lambda: _data.Split({"text": text}, {"text": text}))
+    seen = {}
+
+    def compare(policies, make_job, folder, **settings):
+        for name, policy in policies.items():
+            job = make_job(policy)
+            step = job.step(**settings["step_options"]).pure
+            found = audit(step, jax.eval_shape(job.state, jax.random.key(0)), job.batches(0))
+            seen[name] = set(found.flops_by_dtype())
+
+    monkeypatch.setattr(_run, "compare", compare)
+    args = ["--policy", "f32", "--rules", "**/attention", "c=f16", "--width=16", "--depth=1", f"--workdir={tmp_path}"]
+    assert _run.start(experiment.Config, experiment.main, None, args) == 0
+    assert seen == {"f32": {"float32"}, "rules": {"bfloat16", "float16"}}
 
 
 @pytest.mark.parametrize(
@@ -96,9 +110,7 @@ def test_a_mistake_of_ours_keeps_its_traceback():
 
 
 def test_ctrl_c_writes_what_was_measured_and_ends_with_130(tmp_path):
-    """In the second of two policies: the table has both, the metrics of each step are there, and so is their place."""
-    command = ["train", "mlp_jax", "--policies", "float32", "mixed_float16", "--width=16", "--steps=4000",
-               "--eval-every=1000", f"--workdir={tmp_path}", "--progress=False"]  # fmt: skip
+    command = ["train", "mlp_jax", "--width=16", "--steps=1000000", f"--workdir={tmp_path}", "--progress=False"]
     # A shell may start what runs in its background with SIGINT ignored, and children inherit that.
     program = f"""
 import signal, sys
@@ -113,19 +125,44 @@ sys.exit(main({command}))
     try:
         deadline = time.monotonic() + 120
         while run.poll() is None and time.monotonic() < deadline:
-            if any(path.read_text().count("\n") >= 20 for path in tmp_path.glob("*/mixed_float16/metrics.jsonl")):
+            if any(path.read_text().count("\n") >= 100 for path in tmp_path.glob("*/float32/metrics.jsonl")):
                 break
-            time.sleep(0.02)
+            time.sleep(0.05)
         run.send_signal(signal.SIGINT)
         out, err = run.communicate(timeout=60)
     finally:
         run.kill()
     (folder,) = tmp_path.iterdir()
     assert run.returncode == 130 and "Traceback" not in err, err
-    lines = [json.loads(line) for line in (folder / "mixed_float16" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "float32" / "metrics.jsonl").read_text().splitlines()]
     steps = [line["attempt"] for line in lines if "step" in line]
-    assert steps == list(range(len(steps))) and 19 <= len(steps) < 4000
-    rows = json.loads((folder / "table.json").read_text())
-    assert [row["policy"] for row in rows] == ["float32", f"mixed_float16 ({len(steps)} steps)"]
-    assert rows[0]["test accuracy"] > 0.5 and (folder / "curves.png").exists()
-    assert f"interrupted during mixed_float16, after {len(steps)} of 4000 steps" in out and str(folder) in out
+    assert steps == list(range(len(steps))) and 99 <= len(steps) < 1000000
+    (row,) = json.loads((folder / "table.json").read_text())
+    assert row["policy"] == f"float32 ({len(steps)} steps)"
+    assert row["final loss"] == next(line["step"]["loss"] for line in reversed(lines) if "step" in line)
+    assert (folder / "curves.png").exists()
+    assert (
+        f"interrupted during float32, after {len(steps)} of 1000000 steps; what was measured until then is in {folder}"
+        in out
+    )
+
+
+@pytest.mark.parametrize("when", ["before its steps", "in its steps"])
+def test_ctrl_c_keeps_the_policies_that_were_done(when, tmp_path, monkeypatch, capsys):
+    def train(name, job, folder, attempts, *_):
+        if name == "mixed_bfloat16" and when == "before its steps":
+            raise KeyboardInterrupt
+        metrics = {"loss": 1.0, "loss_scale": 1.0, "skipped": 0.0}
+        made = 7 if name == "mixed_bfloat16" else attempts
+        result = mpjax.FitResult(None, [{"attempt": n, **metrics} for n in range(made)])
+        result.stopped = "done" if made == attempts else "interrupted"
+        return _run.Trained({"test accuracy": None, "final loss": 1.0}, result)
+
+    monkeypatch.setattr(_run, "train", train)
+    args = ["--steps=20", f"--workdir={tmp_path}"]
+    assert _run.start(mlp_jax.Config, mlp_jax.main, None, args) == 130
+    (folder,) = tmp_path.iterdir()
+    done = {"before its steps": ["float32"], "in its steps": ["float32", "mixed_bfloat16 (7 steps)"]}[when]
+    assert [row["policy"] for row in json.loads((folder / "table.json").read_text())] == done
+    said = {"before its steps": "outside its steps", "in its steps": "after 7 of 20 steps"}[when]
+    assert f"interrupted during mixed_bfloat16, {said}" in capsys.readouterr().out

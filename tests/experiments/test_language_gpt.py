@@ -27,30 +27,28 @@ def plays():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The rows of a short run of two policies that uses all that a run can, and its folder."""
+    """The row of a short run that uses all that a run can, and its folder."""
     workdir = tmp_path_factory.mktemp("runs")
     config = language_gpt.Config(
-        policies=("float32", "mixed_float16"), steps=200, eval_every=100, learning_rate=2e-2, accumulate=2, remat=True,
+        policies=("mixed_float16",), steps=200, eval_every=100, learning_rate=2e-2, accumulate=2, remat=True,
         workdir=str(workdir), progress=False, **SMALL,
     )  # fmt: skip
-    return language_gpt.main(config), next(workdir.iterdir())
+    (row,) = language_gpt.main(config)
+    return row, next(workdir.iterdir())
 
 
-def test_it_learns_in_each_policy(run):
-    rows, folder = run
-    assert [row["policy"] for row in rows] == ["float32", "mixed_float16"]
-    for row in rows:
-        # The text has 28 different bytes, about 4.3 bits each; what it read before tells most of them.
-        assert 0 < row["test bits per byte"] < 2.5 and row["skipped"] == 0
-        lines = [json.loads(line) for line in (folder / row["policy"] / "metrics.jsonl").read_text().splitlines()]
-        losses = [line["step"]["loss"] for line in lines if "step" in line]
-        assert losses[0] == pytest.approx(np.log(256), rel=0.05) and losses[-1] < losses[0] / 2  # it began uniform
-        evaluations = [line["eval"] for line in lines if "eval" in line]
-        assert len(evaluations) == 2 and evaluations[-1]["bits_per_byte"] == row["test bits per byte"]
-        assert evaluations[-1]["bits_per_byte"] == pytest.approx(evaluations[-1]["loss"] / np.log(2), rel=1e-6)
-    assert [row["final scale"] for row in rows] == [1, 2.0**15]
-    assert [max(row["matrix FLOPs"], key=row["matrix FLOPs"].get) for row in rows] == ["float32", "float16"]
-    assert rows[0]["largest deviation of loss"] == 0 < rows[1]["largest deviation of loss"] < 0.5
+def test_it_learns(run):
+    row, folder = run
+    # The text has 28 different bytes, about 4.3 bits each; what it read before tells most of them.
+    assert 0 < row["test bits per byte"] < 2.5
+    assert (row["policy"], row["skipped"], row["final scale"]) == ("mixed_float16", 0, 2.0**15)
+    lines = [json.loads(line) for line in (folder / "mixed_float16" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["step"]["loss"] for line in lines if "step" in line]
+    assert losses[0] == pytest.approx(np.log(256), rel=0.05) and losses[-1] < losses[0] / 2  # it began uniform
+    evaluations = [line["eval"] for line in lines if "eval" in line]
+    assert len(evaluations) == 2 and evaluations[-1]["bits_per_byte"] == row["test bits per byte"]
+    assert evaluations[-1]["bits_per_byte"] == pytest.approx(evaluations[-1]["loss"] / np.log(2), rel=1e-6)
+    assert row["matrix FLOPs"] == {"float16": 1.0}
     assert (folder / "table.md").read_text().startswith("| policy | test bits per byte | final loss |")  # no %, no MiB
     assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
 

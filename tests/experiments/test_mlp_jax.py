@@ -29,12 +29,12 @@ def test_it_learns_the_digits_in_each_policy(tmp_path):
 
 def test_the_dtypes_at_each_seam():
     job = mlp_jax.make_job(mlp_jax.Config(width=16), mpjax.get_policy("p=f32,c=f16,o=bf16"))
-    state = job.state(jax.random.key(0))
+    state = jax.jit(job.state)(jax.random.key(0))
     image = jnp.asarray(job.batches(0)["image"])
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {np.dtype("float32")}
     assert job.model.apply(state.params, {}, image)[0].dtype == jnp.bfloat16
     cast = job.model.cast_params(state.params)
     assert {x.dtype for x in jax.tree.leaves(cast)} == {np.dtype("float16")}
     assert (job.model.apply(cast, {}, image)[0] == job.model.apply(state.params, {}, image)[0]).all()
-    grads = jax.grad(lambda p: job.model.apply(p, {}, image)[0].sum())(state.params)
+    grads = jax.eval_shape(jax.grad(lambda p: job.model.apply(p, {}, image)[0].sum()), state.params)
     assert {x.dtype for x in jax.tree.leaves(grads)} == {np.dtype("float32")}

@@ -61,7 +61,9 @@ def wrap_linen(module: nn.Module, rules: PolicyMap, streams: tuple[str, ...]) ->
         run = functools.partial(module.apply, rngs=keys, mutable=list(mstate), method=method)
         key = ("apply", method, rng is None, _signature((params, mstate, *args), kwargs))
 
-        def in_one_dtype() -> Any:  # params that `cast_params` cast are of several, and a scan's carry is to keep its own
+        def in_one_dtype() -> Any:
+            # What `cast_params` gave is of several dtypes, and the module without the policy would mix them: a scan
+            # refuses a carry that changes its dtype.
             variables, inputs, named = cast_floating(({"params": params, **mstate}, args, kwargs), "float32")
             return run(variables, *inputs, **named)
 
