@@ -129,15 +129,22 @@ class Placement:
                 f"{origin} gives {spec} to {path}, which has {len(shape)} dimensions {shape}; legal is one entry for each "
                 "at most: shorten the spec, or let the rule match less"
             )
+        used: list[str] = []
         for i, axis in enumerate(spec):
             if axis is None:
                 continue
+            used += axis if isinstance(axis, tuple) else (axis,)
             n = devices_along(self.mesh, axis, f"{origin}: dimension {i} of {path}")
             if shape[i] % n:
                 raise ValueError(
                     f"{origin} cuts dimension {i} of {path}, {shape[i]} of {shape}, over the {n} devices of mesh axis "
                     f"{axis!r}, which do not divide it; pad it, cut another dimension, or leave it whole (None)"
                 )
+        again = next((name for name in used if used.count(name) > 1), None)
+        if again is not None:
+            raise ValueError(
+                f"{origin} gives {spec} to {path}, which names the mesh axis {again!r} twice; legal is once: cut one dimension"
+            )
         return spec
 
     def refuse_idle(self, paths: list[str]) -> None:
@@ -156,7 +163,7 @@ class Placement:
 
 
 def as_mapping(rules: Rules) -> dict[str, Rule]:
-    mapping = dict(rules) if isinstance(rules, Mapping) else {} if rules is None else {"**": rules}
+    mapping = dict(rules) if isinstance(rules, Mapping) else {} if rules is None else {"": rules}  # the root's subtree is all, a bare array too
     return {glob: fsdp() if rule == "fsdp" else rule for glob, rule in mapping.items()}
 
 
