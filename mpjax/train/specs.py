@@ -163,7 +163,9 @@ class Placement:
 
 
 def as_mapping(rules: Rules) -> dict[str, Rule]:
-    mapping = dict(rules) if isinstance(rules, Mapping) else {} if rules is None else {"": rules}  # the root's subtree is all, a bare array too
+    mapping = (
+        dict(rules) if isinstance(rules, Mapping) else {} if rules is None else {"": rules}
+    )  # the root's subtree is all, a bare array too
     return {glob: fsdp() if rule == "fsdp" else rule for glob, rule in mapping.items()}
 
 

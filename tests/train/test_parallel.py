@@ -135,10 +135,8 @@ def test_with_reduce_dtype_each_gradient_is_summed_once_in_float32_behind_the_lo
     [
         ("data", jnp.float32, 1, masked_loss, 2e-6),
         ("data", jnp.float32, 2, masked_loss, 2e-6),
-        ("data", jnp.float32, 2, mean_loss, 2e-6),
-        ("fsdp", jnp.float32, 1, masked_loss, 2e-6),
-        ("tensor", jnp.float32, 2, masked_loss, 2e-6),
-        ("data", jnp.bfloat16, 2, masked_loss, 2e-2),
+        ("fsdp", jnp.float32, 2, mean_loss, 2e-6),
+        ("tensor", jnp.bfloat16, 2, masked_loss, 2e-2),
     ],
 )
 def test_reduced_apart_the_step_is_the_same(name, dtype, accumulate, loss, tolerance):
@@ -248,7 +246,7 @@ def test_batch_statistics_are_the_mean_of_the_devices_and_counters_are_the_first
     new = after.mstate
     assert agree(new)
     assert (float(new["mean"]), int(new["count"]), bool(new["seen"])) == (8.5, 6, True)
-    assert float(new["half"]) == np.float16(8500) and new["half"].dtype == jnp.float16  # in float16 the sum is infinite
+    assert float(new["half"]) == pytest.approx(8500, rel=1e-3) and new["half"].dtype == jnp.float16  # 68000 is infinite
     assert bool((new["key"] == jax.random.fold_in(KEY, 1)).all())
 
 
