@@ -43,11 +43,11 @@ def created(optimizer=SGD, dtype=jnp.float32):
     return TrainState.create(perceptron(dtype), optimizer, KEY, None)
 
 
-def lowered(name, dtype=jnp.float32, loss=mean_loss, **options):
+def lowered(name, dtype=jnp.float32, rows=MANY, **options):
     placed = PLACEMENTS[name]
     state = mpjax.shard_state(created(dtype=dtype), placed.mesh, placed.rules)
-    step = make_train_step(loss(dtype), SGD, mesh=placed.mesh, **options)
-    return step.lower(state, mpjax.shard_batch(batch_of(MANY), placed.mesh))
+    step = make_train_step(mean_loss(dtype), SGD, mesh=placed.mesh, **options)
+    return step.lower(state, mpjax.shard_batch(batch_of(rows), placed.mesh))
 
 
 @functools.cache
@@ -80,6 +80,14 @@ def test_no_row_of_a_batch_moves_and_none_is_computed_twice(name, options):
     moved = [c for c in collectives(compiled.as_text()) if rows & set(c.shape)]
     assert [c for c in moved if name in ("data", "fsdp") or c.kind != "all-reduce"] == []
     assert compiled.cost_analysis()["flops"] <= one_device_flops() / 8 * 1.1
+
+
+@pytest.mark.parametrize("name", ["fsdp", "fsdp+tensor"])
+def test_params_cut_over_the_batchs_axis_are_made_whole_and_not_the_batch(name):
+    """With fewer rows than a kernel has columns GSPMD, left to itself, gathers the rows and computes its columns for all."""
+    found = collectives(lowered(name, rows=48).compile().as_text())
+    assert [c for c in found if {48, 24, 12, 6} & set(c.shape) and c.kind != "all-reduce"] == []
+    assert any(c.kind == "all-gather" and 15 in c.shape for c in found)
 
 
 def test_the_reader_of_hlo_sees_rows_that_move():
@@ -248,6 +256,21 @@ def test_batch_statistics_are_the_mean_of_the_devices_and_counters_are_the_first
     assert (float(new["mean"]), int(new["count"]), bool(new["seen"])) == (8.5, 6, True)
     assert float(new["half"]) == pytest.approx(8500, rel=1e-3) and new["half"].dtype == jnp.float16  # 68000 is infinite
     assert bool((new["key"] == jax.random.fold_in(KEY, 1)).all())
+
+
+def test_statistics_that_one_device_spoils_and_overwrites_are_a_skip_on_all():
+    """Its second micro-batch hides what its first one spoiled; the loss never sees it."""
+
+    def loss_fn(params, mstate, batch, rng):
+        return params["w"] * batch["x"].mean(), Aux({"last": batch["only for statistics"].mean()})
+
+    for device in (0, 5):
+        state, step = tiny(loss_fn, {"last": jnp.float32(0)}, accumulate=2)
+        batch = {"x": np.ones(16, np.float32), "only for statistics": np.ones(16, np.float32)}
+        batch["only for statistics"][2 * device] = np.nan
+        before = held(state)
+        after, metrics = step(state, mpjax.shard_batch(batch, MESH))
+        assert held(after) == before and int(after.skipped) == 1 and agree((after, metrics))
 
 
 def test_a_key_of_another_kind_stays_one():

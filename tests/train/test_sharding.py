@@ -324,6 +324,15 @@ def test_eight_devices_give_the_numbers_of_one_and_every_leaf_stays_where_it_was
         assert apart(many, one) <= TOLERANCE[dtype]
 
 
+def test_what_came_whole_is_not_cut_by_the_step():
+    """Left to itself GSPMD returns a bias as its gradient lies, cut like the kernel beside it; the next step is another."""
+    rules = {"up/kernel": P(None, "model"), "down/kernel": P("model", "data")}
+    state = mpjax.shard_state(created(), GRID, rules)
+    before = placements_of(state)
+    state, _ = make_train_step(mean_loss(), ADAM)(state, mpjax.shard_batch(batch_of(), GRID))
+    assert placements_of(state) == before
+
+
 class LM(nn.Module):
     """One block and tied embeddings: enough for every kind of collective, and compiled in seconds."""
 
