@@ -131,6 +131,7 @@ def compare(
     step_options: Mapping[str, Any] | None = None,
     best: str = "accuracy",
     progress: bool = True,
+    devices: int = 1,
 ) -> list[dict[str, Any]]:
     """Train the same job under each policy, on the same seeds and data order, and show what differs.
 
@@ -140,6 +141,7 @@ def compare(
     Args:
       best: the metric of the evaluation that the table and the picture show: `"accuracy"` is to grow,
         `"-bits_per_byte"` to shrink.
+      devices: how many share the rows of each batch; 0 for all there are.
 
     Returns:
       The rows of the table, one a policy.
@@ -153,12 +155,22 @@ def compare(
             jax.eval_shape(make_job(policies["rules"]).state, seeds.init)
         except ValueError as error:
             raise Refused(str(error)) from error
+    mesh = data_parallel(devices)
     runs: dict[str, Trained] = {}
     interrupted = None
     for name, policy in policies.items():
         try:
             run = train(
-                name, make_job(policy), folder / name, attempts, eval_every, seeds, step_options or {}, best, progress
+                name,
+                make_job(policy),
+                folder / name,
+                attempts,
+                eval_every,
+                seeds,
+                step_options or {},
+                best,
+                progress,
+                mesh,
             )
         except KeyboardInterrupt:  # while it was compiled, or its row was made
             interrupted = f"{name}, outside its steps"
@@ -205,14 +217,17 @@ def train(
     step_options: Mapping[str, Any],
     best: str,
     progress: bool,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Trained:
     """One policy: compile, audit, train, evaluate.
 
     Raises:
       KeyboardInterrupt: Ctrl-C before the first step; later ones end the run, and it is returned.
     """
-    assert job.eval_fn is not None, "an experiment measures its model on held-out data"
     state = job.state(seeds.init)
+    if mesh is not None:
+        state, job = mpjax.shard_state(state, mesh), on_mesh(job, mesh)
+    assert job.eval_fn is not None, "an experiment measures its model on held-out data"
     step = job.step(**step_options)
     batch = job.batches(0)
     memory = step_memory(step.lower(state, batch).compile())
@@ -237,6 +252,24 @@ def train(
         "matrix FLOPs": {dtype: flops / total for dtype, flops in shares.items()},
     }
     return Trained(row, result)
+
+
+def data_parallel(devices: int) -> jax.sharding.Mesh | None:
+    """A mesh of the first so many devices (0: all), or None for one.
+
+    Raises:
+      Refused: there are not so many.
+    """
+    there = jax.device_count()
+    if not 0 <= devices <= there:
+        raise Refused(f"got --devices={devices}; here {'is 1' if there == 1 else f'are {there}'}; 0 takes all")
+    count = devices or there
+    return None if count == 1 else jax.make_mesh((count,), ("data",), devices=jax.devices()[:count])
+
+
+def on_mesh(job: Job, mesh: jax.sharding.Mesh) -> Job:
+    """The same job, the rows of its batches shared among the devices; held-out batches, which may not divide, on each."""
+    return dataclasses.replace(job, batches=lambda attempt: mpjax.shard_batch(job.batches(attempt), mesh))
 
 
 def _words(best: str) -> str:

@@ -68,6 +68,8 @@ class Config:
     """Held-out windows, evenly spaced."""
     seed: int = 0
     """Init, batches and rng are derived from it (mpjax.seeds)."""
+    devices: int = 1
+    """Devices among which the rows of a batch are shared; 0 for all."""
     workdir: str = "runs"
     """Folder in which the run folder is made."""
     progress: bool = True
@@ -163,6 +165,7 @@ def main(config: Config) -> list[dict]:
         policies, lambda policy: make_job(config, policy), folder,
         attempts=config.steps, eval_every=config.eval_every, seeds=mpjax.seeds(config.seed), best="-bits_per_byte",
         step_options={"clip_norm": config.clip_norm, "accumulate": config.accumulate}, progress=config.progress,
+        devices=config.devices,
     )  # fmt: skip
 
 

@@ -55,6 +55,8 @@ class Config:
     """Steps between evaluations."""
     seed: int = 0
     """Init, data order and rng are derived from it (mpjax.seeds)."""
+    devices: int = 1
+    """Devices among which the rows of a batch are shared; 0 for all."""
     workdir: str = "runs"
     """Folder in which the run folder is made."""
     progress: bool = True
@@ -131,7 +133,7 @@ def main(config: Config) -> list[dict]:
     return _run.compare(
         policies, lambda policy: make_job(config, policy), folder,
         attempts=config.steps, eval_every=config.eval_every, seeds=mpjax.seeds(config.seed),
-        step_options={"clip_norm": config.clip_norm}, progress=config.progress,
+        step_options={"clip_norm": config.clip_norm}, progress=config.progress, devices=config.devices,
     )  # fmt: skip
 
 
