@@ -8,7 +8,7 @@ Policies   float32; mixed_bfloat16; mixed_float16 with a dynamic loss scale.
 Reads      bits per byte of held-out text, loss / ln 2: a uniform guess has 8. Of this text only a few evenly spaced
            windows are read, so compare policies with each other, not with the literature.
 Time       2 minutes on 2 CPU cores, to about 2.8 bits per byte. At a learning rate of 5e-3 training is less steady:
-           another seed, or rounding alone, moves the result by up to a tenth of a bit.
+           another seed, or rounding alone, moved the result by a tenth of a bit.
 Run        mpjax train language_gpt, or python -m experiments.language_gpt --steps=100 --policy mixed_bfloat16
 Full size  for a GPU; not run yet:
            --width=512 --depth=8 --heads=8 --context=1024 --batch-size=64 --accumulate=2 --remat=True --steps=2000
@@ -108,15 +108,16 @@ class GPT(nn.Module):
         x_BxTxD += self.param("positions", nn.initializers.normal(0.02), (1, length, self.width))
         mask_1x1xTxT = jnp.tril(jnp.ones((1, 1, length, length), bool))
         body = nn.remat(Block, prevent_cse=False) if self.remat else Block  # a scan's body is not merged with others
-        stack = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast,
-                        length=self.depth)  # fmt: skip
+        stack = nn.scan(
+            body, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=self.depth
+        )
         x_BxTxD, _ = stack(self.width, self.heads, name="layers")(x_BxTxD, mask_1x1xTxT)
         x_BxTxD = nn.LayerNorm(name="norm")(x_BxTxD)
         return embed.attend(x_BxTxD) if self.tied else nn.Dense(256, name="head")(x_BxTxD)
 
 
 def windows(text: np.ndarray, starts_B: np.ndarray, context: int) -> dict[str, np.ndarray]:
-    """The windows of the text that begin at these places, and for each byte the one that follows it."""
+    """The windows of a text that begin at these places, and for each byte the one that follows it."""
     window_BxT1 = text[starts_B[:, None] + np.arange(context + 1)].astype(np.int32)
     return {"byte": window_BxT1[:, :-1], "next": window_BxT1[:, 1:]}
 
@@ -133,27 +134,20 @@ def make_job(config: Config, policy: mpjax.PolicyMap) -> mpjax.Job:
         return windows(train, starts_B, config.context)
 
     def loss_fn(params, mstate, batch, rng):
-        logits_BxTxV, mstate = model.apply(params, mstate, batch["byte"], rng=rng, train=True)
+        logits_BxTxV, mstate = model.apply(params, mstate, batch["byte"], rng=rng)
         return mpjax.losses.softmax_cross_entropy(logits_BxTxV, batch["next"]).mean(), mpjax.Aux(mstate, {})
 
     def eval_fn(params, mstate, batch):
-        logits_BxTxV, _ = model.apply(params, mstate, batch["byte"])
-        loss = mpjax.losses.softmax_cross_entropy(logits_BxTxV, batch["next"]).mean()
+        loss, _ = loss_fn(params, mstate, batch, None)  # nothing here is random, or differs in training
         return {"loss": loss, "bits_per_byte": loss / math.log(2)}
 
     starts = np.linspace(0, len(test) - config.context - 1, config.eval_windows).astype(int)
     parts = np.array_split(starts, -(-len(starts) // config.batch_size))
     schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.steps // 10, config.steps)
     optimizer = optax.inject_hyperparams(optax.adamw)(schedule, weight_decay=config.weight_decay)
-    return mpjax.Job(
-        model=model,
-        loss_fn=loss_fn,
-        optimizer=optimizer,
-        batches=batches,
-        sample=(jnp.zeros((1, config.context), jnp.int32),),
-        eval_fn=eval_fn,
-        eval_batches=[windows(test, part, config.context) for part in parts],
-    )
+    sample = (jnp.zeros((1, config.context), jnp.int32),)
+    held_out = [windows(test, part, config.context) for part in parts]
+    return mpjax.Job(model, loss_fn, optimizer, batches, sample, eval_fn, held_out)
 
 
 def main(config: Config) -> list[dict]:
