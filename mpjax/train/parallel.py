@@ -43,25 +43,23 @@ def gather_apart(
     devices = devices_along(mesh, axis, "the batch")
     whole, rows = PartitionSpec(), PartitionSpec(axis)
 
-    def on_each(
-        index: jax.Array, batch: Batch, trained: Params, frozen: Params, mstate: MState, *rest: Any
-    ) -> Gathered:
+    def on_each(batch: Batch, trained: Params, frozen: Params, mstate: MState, *rest: Any) -> Gathered:
         rng, loss_scale = rest
-        rng = jax.random.fold_in(rng, index[0])  # or each device would drop the same units
+        index = jax.lax.axis_index(names)
+        rng = jax.random.fold_in(rng, index)  # or each device would drop the same units
         found = gather(loss_fn, trained, frozen, mstate, batch, rng, loss_scale, accumulate)
-        return _combined(found, names, devices, index[0] == 0)
+        return _combined(found, names, devices, index == 0)
 
-    # The device's index comes in as data: `axis_index` does not lower where other axes are left to GSPMD.
-    # Without check_vma=False jax would itself sum the gradient of a replicated param, in the dtype of its cast.
+    # Without check_vma=False jax itself sums the gradient of a replicated param, in the dtype to which it was cast.
     apart = jax.shard_map(
         on_each,
         mesh=mesh,
-        in_specs=(rows, jax.tree.map(lambda x: rows if jnp.ndim(x) else whole, batch), *[whole] * 5),
+        in_specs=(jax.tree.map(lambda x: rows if jnp.ndim(x) else whole, batch), *[whole] * 5),
         out_specs=whole,
         axis_names=set(names),
         check_vma=False,
     )
-    return apart(jnp.arange(devices), batch, trained, frozen, mstate, rng, loss_scale)
+    return apart(batch, trained, frozen, mstate, rng, loss_scale)
 
 
 def _combined(found: Gathered, axis: tuple[str, ...], devices: int, first: jax.Array) -> Gathered:

@@ -113,7 +113,7 @@ class Placement:
                 return rule.spec(shape, devices_along(self.mesh, rule.axis, f"rule {glob!r}: {path}"))
             return self._checked(rule, f"rule {glob!r}", path, shape)
         if is_box(param):
-            return self._checked(param.get_partition_spec(), "its own metadata", path, shape)
+            return self._checked(param.get_partition_spec(), "its own metadata (a rule overrides it)", path, shape)
         own = getattr(x, "sharding", None)
         if isinstance(own, NamedSharding) and isinstance(own.mesh, Mesh) and automatic(own.mesh) == self.mesh:
             return own.spec

@@ -78,9 +78,11 @@ def make_train_step(
       donate: let the new state take the old one's memory. The old state cannot be used afterwards.
       mesh: the mesh on which state and batches lie; needed for `reduce_dtype`. With it, rows that `accumulate` × devices
         does not divide are refused (GSPMD would move rows between devices instead).
-      axis: the mesh axis over which the rows of a batch lie, or a tuple of them.
-      reduce_dtype: `"float32"`: sum gradients over the devices in it. None: as GSPMD does. Params that are themselves cut
-        over `axis` (`fsdp`) are made whole on each device for the length of such a step.
+      axis: the mesh axis over which the rows of a batch lie, or a tuple of them. Params that are cut over it (`fsdp`) are
+        made whole, in their own dtype, where `loss_fn` takes them, once in every micro-batch; a scanned stack of layers
+        is one param, and so is whole at once.
+      reduce_dtype: `"float32"`: sum gradients over the devices in it. None: as GSPMD does. With it `fsdp` saves the memory
+        of optimizer state and of params between steps; within one, each device holds all params and all gradients.
 
     Returns:
       A `TrainStep`. Its metrics are scalar arrays: `loss`, `grad_norm` (unscaled, before clipping), `grads_finite`,

@@ -229,6 +229,22 @@ def test_each_device_draws_its_own_numbers_from_the_steps_rng():
     assert float(metrics["draw"]) == pytest.approx(np.mean(draws), rel=1e-6)
 
 
+def test_rows_over_two_axes():
+    """Each of the eight devices holds one row, and its index is that of its row."""
+    axes = ("data", "model")
+
+    def loss_fn(params, mstate, batch, rng):
+        return params["w"] * batch.mean(), Aux(mstate, {"draw": jax.random.uniform(rng) * batch[0]})
+
+    grid = PLACEMENTS["tensor"].mesh
+    state = mpjax.shard_state(tiny(loss_fn)[0], grid)
+    draws = [float(jax.random.uniform(jax.random.fold_in(jax.random.fold_in(state.rng, 0), i))) for i in range(8)]
+    step = make_train_step(loss_fn, SGD, mesh=grid, axis=axes, reduce_dtype="float32")
+    after, metrics = step(state, mpjax.shard_batch(np.arange(8, dtype=np.float32), grid, axes))
+    assert float(metrics["draw"]) == pytest.approx(np.mean(np.arange(8) * draws), rel=1e-6)
+    assert float(after.params["w"]) == pytest.approx(1 - 0.1 * 3.5, rel=1e-6)
+
+
 def test_batch_statistics_are_the_mean_of_the_devices_and_counters_are_the_firsts():
     def loss_fn(params, mstate, batch, rng):
         first = batch[0]

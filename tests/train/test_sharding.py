@@ -192,7 +192,8 @@ def test_a_linen_box_speaks_where_no_rule_does():
     ruled = mpjax.shard_state(state, GRID, {"layers_0/kernel": P("data")})
     assert ruled.params["layers_0"]["kernel"].value.sharding.spec == P("data")
     with pytest.raises(
-        ValueError, match=r"its own metadata: dimension 1 of layers/0/kernel.* 'model', which this mesh lacks"
+        ValueError,
+        match=r"its own metadata \(a rule overrides it\): dimension 1 of layers/0/kernel.* 'model', which this mesh",
     ):
         mpjax.shard_state(state, MESH)
 
@@ -342,6 +343,7 @@ class LM(nn.Module):
         return embed.attend(Block(32, name="block")(embed(tokens), train))
 
 
+@pytest.mark.slow
 def test_a_linen_transformer_under_fsdp_and_tensor_parallelism():
     model = mpjax.wrap(LM(), "mixed_bfloat16")
     tokens = np.random.default_rng(0).integers(0, 48, (ROWS // 3, 6))
