@@ -22,6 +22,7 @@ from tests.train.meshes import (
     apart,
     batch_of,
     collectives,
+    compiled_quickly,
     masked_loss,
     mean_loss,
     needs_eight,
@@ -41,6 +42,12 @@ GRADIENTS = {WIDTHS[1:], WIDTHS[:2], WIDTHS[1:2], WIDTHS[2:]}
 @functools.cache
 def created(optimizer=SGD, dtype=jnp.float32):
     return TrainState.create(perceptron(dtype), optimizer, KEY, None)
+
+
+@pytest.fixture
+def quick():
+    with compiled_quickly():
+        yield
 
 
 def lowered(name, dtype=jnp.float32, rows=MANY, **options):
@@ -138,6 +145,7 @@ def test_with_reduce_dtype_each_gradient_is_summed_once_in_float32_behind_the_lo
 # ---- the same step ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     ("name", "dtype", "accumulate", "loss", "tolerance"),
     [
@@ -184,6 +192,7 @@ def eight(**changes):
     return mpjax.shard_batch(batch, MESH)
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_device_without_weight_has_no_say():
     state, step = tiny(weighted)
     batch = eight()
@@ -194,6 +203,7 @@ def test_a_device_without_weight_has_no_say():
     assert float(after.params["w"]) == pytest.approx(1 - 0.1 * mean, rel=1e-6)
 
 
+@pytest.mark.usefixtures("quick")
 def test_no_weight_on_any_device_is_a_skip():
     state, step = tiny(weighted)
     batch = mpjax.shard_batch({"x": np.ones(8, np.float32), "weight": np.zeros(8, np.float32)}, MESH)
@@ -202,6 +212,7 @@ def test_no_weight_on_any_device_is_a_skip():
     assert held(after) == before and int(after.skipped) == 1
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_nan_on_a_device_without_weight_is_a_skip_as_it_is_with_gspmd():
     state, step = tiny(weighted)
     before = held(state)
@@ -217,6 +228,7 @@ def test_a_nan_on_a_device_without_weight_is_a_skip_as_it_is_with_gspmd():
         assert int(after.skipped) == 1
 
 
+@pytest.mark.usefixtures("quick")
 def test_each_device_draws_its_own_numbers_from_the_steps_rng():
     def loss_fn(params, mstate, batch, rng):
         return params["w"] * batch.mean(), Aux(mstate, {"draw": jax.random.uniform(rng)})
@@ -229,6 +241,7 @@ def test_each_device_draws_its_own_numbers_from_the_steps_rng():
     assert float(metrics["draw"]) == pytest.approx(np.mean(draws), rel=1e-6)
 
 
+@pytest.mark.usefixtures("quick")
 def test_rows_over_two_axes():
     """Each of the eight devices holds one row, and its index is that of its row."""
     axes = ("data", "model")
@@ -245,6 +258,7 @@ def test_rows_over_two_axes():
     assert float(after.params["w"]) == pytest.approx(1 - 0.1 * 3.5, rel=1e-6)
 
 
+@pytest.mark.usefixtures("quick")
 def test_batch_statistics_are_the_mean_of_the_devices_and_counters_are_the_firsts():
     def loss_fn(params, mstate, batch, rng):
         first = batch[0]
@@ -274,6 +288,7 @@ def test_batch_statistics_are_the_mean_of_the_devices_and_counters_are_the_first
     assert bool((new["key"] == jax.random.fold_in(KEY, 1)).all())
 
 
+@pytest.mark.usefixtures("quick")
 def test_statistics_that_one_device_spoils_and_overwrites_are_a_skip_on_all():
     """Its second micro-batch hides what its first one spoiled; the loss never sees it."""
 

@@ -24,6 +24,7 @@ from tests.train.meshes import (
     agree,
     apart,
     batch_of,
+    compiled_quickly,
     compiles,
     masked_loss,
     mean_loss,
@@ -47,6 +48,12 @@ ADAM, SGD, RECORDED = optax.adam(1e-2), optax.sgd(0.1), recording(optax.sgd(0.1)
 def created(optimizer=ADAM, dtype=jnp.float32, **options):
     """Made once for all tests that ask for the same: none may donate it."""
     return TrainState.create(perceptron(dtype), optimizer, KEY, None, **options)
+
+
+@pytest.fixture(autouse=True)
+def quick():
+    with compiled_quickly():
+        yield
 
 
 # ---- where a leaf lies -----------------------------------------------------------------------------------------------
