@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import sys
 
 import jax
 import numpy as np
@@ -120,4 +121,4 @@ def main(config: Config) -> dict[str, dict[str, list[float]]]:
 
 
 if __name__ == "__main__":
-    main(_run.parse(Config, __doc__))
+    sys.exit(_run.start(Config, main, __doc__))

@@ -14,6 +14,7 @@ Run        make run, or python -m experiments.vision_digits --steps=200 --polici
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import jax.numpy as jnp
 import optax
@@ -30,8 +31,10 @@ BY_PATH = {"head": "compute=float32,output=float32", "**/attention": "compute=fl
 class Config:
     """Every setting, with its unit."""
 
-    policies: tuple[str, ...] = ("float32", "mixed_bfloat16", "mixed_float16", "by_path")
+    policies: _run.Policies = ("float32", "mixed_bfloat16", "mixed_float16", "by_path")
     """Policy strings, or by_path for the map above; the first is the reference."""
+    rules: _run.Rules = ()
+    """A policy map of your own, trained as one more policy; what no pattern names is mixed_bfloat16. Repeat it."""
     steps: int = 240
     """Optimizer steps for each policy."""
     batch_size: int = 128
@@ -52,6 +55,8 @@ class Config:
     """Steps between evaluations."""
     seed: int = 0
     """Init, data order and rng are derived from it (mpjax.seeds)."""
+    devices: int = 1
+    """Devices among which the rows of a batch are shared; 0 for all."""
     workdir: str = "runs"
     """Folder in which the run folder is made."""
     progress: bool = True
@@ -121,20 +126,16 @@ def make_job(config: Config, policy: mpjax.PolicyMap) -> mpjax.Job:
     )
 
 
-def policy_map(name: str) -> mpjax.PolicyMap:
-    """The policy behind a name on the command line."""
-    return mpjax.PolicyMap(BY_PATH) if name == "by_path" else mpjax.PolicyMap(default=name)
-
-
 def main(config: Config) -> list[dict]:
     """Train under each policy and compare; returns the rows of the table."""
+    policies = _run.policy_maps(config.policies, config.rules, by_path=BY_PATH)
     folder = _run.open_folder(config.workdir, "vision_digits", config)
     return _run.compare(
-        {name: policy_map(name) for name in config.policies}, lambda policy: make_job(config, policy), folder,
+        policies, lambda policy: make_job(config, policy), folder,
         attempts=config.steps, eval_every=config.eval_every, seeds=mpjax.seeds(config.seed),
-        step_options={"clip_norm": config.clip_norm}, progress=config.progress,
+        step_options={"clip_norm": config.clip_norm}, progress=config.progress, devices=config.devices,
     )  # fmt: skip
 
 
 if __name__ == "__main__":
-    main(_run.parse(Config, __doc__))
+    sys.exit(_run.start(Config, main, __doc__))

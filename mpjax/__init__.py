@@ -47,6 +47,8 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "train.job": ("Job",),
     "train.loop": ("FitResult", "Hook", "NonFiniteError", "fit"),
     "train.seeds": ("Seeds", "epoch_batches", "seeds"),
+    "train.sharding": ("shard_batch", "shard_state", "state_shardings"),
+    "train.specs": ("fsdp",),
     "train.state": ("Aux", "TrainState"),
     "train.step": ("make_train_step",),
 }
@@ -94,6 +96,12 @@ if TYPE_CHECKING:
     from mpjax.train.job import Job as Job
     from mpjax.train.loop import FitResult as FitResult, Hook as Hook, NonFiniteError as NonFiniteError, fit as fit
     from mpjax.train.seeds import Seeds as Seeds, epoch_batches as epoch_batches, seeds as seeds
+    from mpjax.train.sharding import (
+        shard_batch as shard_batch,
+        shard_state as shard_state,
+        state_shardings as state_shardings,
+    )
+    from mpjax.train.specs import fsdp as fsdp
     from mpjax.train.state import Aux as Aux, TrainState as TrainState
     from mpjax.train.step import make_train_step as make_train_step
     from mpjax.wrap import wrap as wrap

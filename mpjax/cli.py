@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -12,7 +14,7 @@ import mpjax
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 failed, 2 not understood (told on stderr).
+    """Run one command and return its exit code: 0 done, 1 failed, 2 not understood (told on stderr), 130 Ctrl-C.
 
     >>> main(["--version"]) == main(["policy", "c=bf16"]) == 0  # doctest: +ELLIPSIS
     mpjax 0...
@@ -22,8 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args == ["--version"]:
         print(f"mpjax {mpjax.__version__}")
         return 0
+    if args[:1] == ["train"] and len(args) > 1 and not args[1].startswith("-"):
+        return train(args[1], tuple(args[2:]))  # its flags are the experiment's to understand
     return tyro.extras.subcommand_cli_from_dict(
-        {"policy": policy, "hardware": hardware},
+        {"policy": policy, "hardware": hardware, "train": train},
         prog="mpjax",
         description="Mixed precision for Flax models in JAX. `mpjax --version` tells the version.",
         args=args,
@@ -74,6 +78,53 @@ def hardware() -> int:
     for number, source in enumerate(sources, 1):
         print(f"{number:2}  {source}")
     return 0
+
+
+def train(
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")],
+    flags: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[--FLAG=VALUE ...]")] = (),
+) -> int:
+    """Run an experiment of a checkout, with all its flags: the same as `python -m experiments.NAME`.
+
+    `mpjax train NAME --help` lists its flags. Most have: --policy P, one policy only (--policies P Q for several);
+    --rules PATTERN POLICY, repeated, a policy map of your own, trained as one more policy; --workdir FOLDER. Ctrl-C writes
+    what was measured so far.
+
+    Args:
+      name: the experiment's, e.g. vision_digits; a name that is none is answered with all that there are.
+      flags: the experiment's own.
+    """
+    root = _checkout()
+    if root is None:
+        print(
+            "mpjax train: the experiments are not in the package, and neither here nor beside it is a checkout that has "
+            "them; get mpjax's repository (git clone), and run this in its folder",
+            file=sys.stderr,
+        )
+        return 2
+    names = sorted(path.stem for path in (root / "experiments").glob("[!_]*.py"))
+    if name not in names:
+        print(f"mpjax train: no experiment is called {name!r}; there are {', '.join(names)}", file=sys.stderr)
+        return 2
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    try:
+        runner = importlib.import_module("experiments._run")
+        experiment = importlib.import_module(f"experiments.{name}")
+    except KeyboardInterrupt:
+        return 130
+    code: int = runner.start(
+        experiment.Config, experiment.main, experiment.__doc__, list(flags), prog=f"mpjax train {name}"
+    )
+    return code
+
+
+def _checkout() -> Path | None:
+    """The folder that holds the experiments: that of the source mpjax runs from, else the one that one stands in."""
+    for root in (Path(mpjax.__file__).parents[1], Path.cwd()):
+        if (root / "experiments" / "_run.py").exists():
+            return root
+    return None
 
 
 def _show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

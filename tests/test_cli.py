@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 import mpjax
+from mpjax import cli
 from mpjax.cli import main
 from mpjax.policy.hardware import CHIPS
 
@@ -20,7 +24,7 @@ def refused(argv: list[str]) -> int:
 def test_help_names_every_command(capsys):
     assert refused(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert "policy" in shown and "hardware" in shown
+    assert "policy" in shown and "hardware" in shown and "train" in shown
 
 
 def test_version(capsys):
@@ -51,7 +55,7 @@ def test_a_policy_that_does_not_parse_is_told_on_stderr(text, capsys):
     assert shown.err == f"mpjax policy: {said.value}\n"
 
 
-@pytest.mark.parametrize("argv", [[], ["bake"], ["policy"], ["hardware", "--loud"]])
+@pytest.mark.parametrize("argv", [[], ["bake"], ["policy"], ["hardware", "--loud"], ["train"], ["train", "--steps=1"]])
 def test_a_call_that_makes_no_sense_exits_with_2(argv, capsys):
     assert refused(argv) == 2
     assert capsys.readouterr().err
@@ -73,3 +77,40 @@ def test_hardware_shows_every_chip_and_every_source(capsys):
     for chip in CHIPS:
         told = {footnotes[int(number) - 1][4:] for number in rows[chip.name][-1].split()}
         assert told == set(chip.source) and told
+
+
+def test_train_runs_an_experiment_with_all_its_flags(tmp_path, capsys):
+    argv = ["train", "mlp_jax", "--steps=10", "--eval-every=5", "--policy", "float32", "--width=16", "--progress=False"]
+    assert main([*argv, f"--workdir={tmp_path}"]) == 0
+    (folder,) = tmp_path.iterdir()
+    config = json.loads((folder / "config.json").read_text())["config"]
+    assert (config["steps"], config["policies"], config["width"]) == (10, ["float32"], 16)
+    assert [row["policy"] for row in json.loads((folder / "table.json").read_text())] == ["float32"]
+    assert str(folder) in capsys.readouterr().out
+
+
+def test_train_has_help_of_its_own_and_of_each_experiment(capsys):
+    assert refused(["train", "--help"]) == 0
+    assert "NAME" in capsys.readouterr().out
+    assert refused(["train", "mlp_jax", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "usage: mpjax train mlp_jax" in shown and "Question" in shown and "--width" in shown
+    assert refused(["train", "mlp_jax", "--stepz=1"]) == 2
+    assert "--stepz=1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["vision", "_run", "_data", "../experiments/mlp_jax"])
+def test_train_lists_the_experiments_there_are(name, capsys):
+    assert main(["train", name]) == 2
+    listed = capsys.readouterr().err.partition("there are ")[2].strip().split(", ")
+    assert {"language_gpt", "mlp_jax", "vision_digits"} <= set(listed) and not any(n.startswith("_") for n in listed)
+
+
+def test_train_without_a_checkout_says_where_to_get_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli.mpjax, "__file__", str(tmp_path / "site-packages" / "mpjax" / "__init__.py"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "mlp_jax"]) == 2
+    assert "git clone" in capsys.readouterr().err
+    monkeypatch.chdir(Path(__file__).parents[1])  # where one stands in a checkout, it is found
+    assert main(["train", "none"]) == 2
+    assert "mlp_jax" in capsys.readouterr().err

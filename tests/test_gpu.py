@@ -12,13 +12,21 @@ import optax
 import pytest
 
 import mpjax
+from tests.wrap import zoo_nnx
 from tests.wrap.zoo import LM
 
 pytestmark = pytest.mark.gpu
 
 
-def job(policy, width=256):
-    model = mpjax.wrap(LM(width=width, vocab=512), policy)
+DOORS = {
+    "linen": lambda **sizes: LM(**sizes),
+    "nnx": lambda **sizes: lambda rngs: zoo_nnx.LM(**sizes, rngs=rngs),
+}
+both_doors = pytest.mark.parametrize("door", DOORS)
+
+
+def job(policy, door="linen", width=256):
+    model = mpjax.wrap(DOORS[door](width=width, vocab=512), policy)
 
     def loss_fn(params, mstate, batch, rng):
         logits, mstate = model.apply(params, mstate, batch[:, :-1], rng=rng)
@@ -28,10 +36,11 @@ def job(policy, width=256):
     return mpjax.Job(model, loss_fn, optax.adamw(1e-3), lambda attempt: tokens, sample=(tokens[:1, :-1],))
 
 
+@both_doors
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
-def test_fault_34_a_step_moves_nothing_between_host_and_device(policy):
+def test_fault_34_a_step_moves_nothing_between_host_and_device(policy, door):
     """jax's own guard, which sees no transfer on a CPU, forbids every one during thirty steps."""
-    task = job(policy)
+    task = job(policy, door)
     state, step, batch = task.state(jax.random.key(0)), task.step(accumulate=2, clip_norm=1.0), task.batches(0)
     state, first = step(state, batch)
     with jax.transfer_guard("disallow"):
@@ -42,10 +51,11 @@ def test_fault_34_a_step_moves_nothing_between_host_and_device(policy):
         float(metrics["loss"] + 1)  # the guard is awake
 
 
+@both_doors
 @pytest.mark.parametrize(("policy", "name"), [("mixed_bfloat16", "bf16"), ("mixed_float16", "f16"), ("float32", "f32")])
-def test_products_reach_cublas_in_the_compute_dtype(policy, name):
+def test_products_reach_cublas_in_the_compute_dtype(policy, name, door):
     """Read off the compiled HLO: every GEMM of the step has operands in the policy's dtype."""
-    task = job(policy)
+    task = job(policy, door)
     text = task.step().lower(task.state(jax.random.key(0)), task.batches(0)).compile().as_text()
     dtypes = dict(re.findall(r"%?([\w.\-]+) = \(?(\w+)\[", text))
     products = re.findall(r' dot\(([^)]*)\)|custom-call\(([^)]*)\), custom_call_target="__cublas', text)
@@ -55,11 +65,12 @@ def test_products_reach_cublas_in_the_compute_dtype(policy, name):
     assert products and operands == {name}
 
 
-def test_float16_and_bfloat16_train_to_where_float32_does():
+@both_doors
+def test_float16_and_bfloat16_train_to_where_float32_does(door):
     """Ten steps of the same job: the loss falls alike, to the roundings of eight bits."""
     losses = {}
     for policy in ("float32", "mixed_bfloat16", "mixed_float16"):
-        task = job(policy)
+        task = job(policy, door)
         result = mpjax.fit(task.step(), task.state(jax.random.key(0)), task.batches, attempts=10)
         losses[policy] = result.history[-1]["loss"]
         assert losses[policy] < 0.9 * result.history[0]["loss"]

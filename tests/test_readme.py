@@ -25,7 +25,7 @@ class Net(nn.Module):
 
 
 def test_the_example_runs_as_it_stands(capsys):
-    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    code, on_devices = re.findall(r"```python\n(.*?)```", README, re.S)
     images = jax.random.normal(jax.random.key(0), (8, 8, 8, 1))
     names = {"module": Net(), "sample": images[:1], "batch": {"image": images, "label": jnp.arange(8)}}
     exec(compile(code, "README.md", "exec"), names)
@@ -33,6 +33,10 @@ def test_the_example_runs_as_it_stands(capsys):
     assert {"loss", "accuracy", "grad_norm", "loss_scale"} <= names["metrics"].keys()
     table = capsys.readouterr().out
     assert "'**/attention'" in table and "float32 island" in table
+    apart = dict(names)
+    exec(compile(on_devices, "README.md", "exec"), apart)
+    assert len(apart["state"].params["head"]["kernel"].sharding.device_set) == jax.device_count() > 1
+    assert bool(jnp.isfinite(apart["metrics"]["loss"]))
     step, state = names["step"], names["state"]
     losses = []
     for _ in range(30):

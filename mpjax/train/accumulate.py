@@ -21,6 +21,8 @@ class Gathered(NamedTuple):
     """What one batch gave: everything float32, gradients still scaled, means over the batch's whole weight."""
 
     loss: jax.Array
+    total: jax.Array
+    """The loss before its division by the weight, known also where that is zero; the loss itself where there is none."""
     grads: Params
     mstate: MState
     sinks: PyTree
@@ -66,7 +68,8 @@ def gather(
         check_batch(batch, 1)
         (total, weight, new, metrics), (grads, sunk) = differentiate(rest, batch, rng)
         loss = total if weight is None else total / weight
-        return Gathered(loss, grads, new, as_stored(sunk, sinks, SINKS), _float32(metrics), weight, all_finite(new))
+        sunk = as_stored(sunk, sinks, SINKS)
+        return Gathered(loss, total, grads, new, sunk, _float32(metrics), weight, all_finite(new))
 
     def micro(carry: tuple, index_and_batch: tuple) -> tuple[tuple, tuple]:
         grads, sunk, mstate = carry
@@ -84,8 +87,10 @@ def gather(
     means = jax.tree.map(lambda m: _weighted_mean(m, shares), metrics)
     divisor = jnp.where(whole == 0, jnp.ones_like(whole), whole)  # no weight: no gradient, as without accumulation
     grads = jax.tree.map(lambda g: g / divisor.astype(g.dtype), grads)
+    loss = totals.sum() / whole
     return Gathered(
-        totals.sum() / whole,
+        loss,
+        loss if weights is None else totals.sum(),
         grads,
         new,
         as_stored(sunk, sinks, SINKS),

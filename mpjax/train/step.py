@@ -9,13 +9,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding
 
-from mpjax.core.dtypes import wide
+from mpjax.core.dtypes import canonical, wide
 from mpjax.core.model import SINKS
 from mpjax.core.tree import all_finite, path_of, select_tree
-from mpjax.core.types import Batch, Metrics, MState, Params
+from mpjax.core.types import Batch, DTypeLike, Metrics, MState, Params
 from mpjax.numerics.loss_scale import DynamicLossScale
 from mpjax.train.accumulate import Gathered, as_stored, gather
+from mpjax.train.parallel import gather_apart, over_gathered_params
+from mpjax.train.sharding import check_rows
+from mpjax.train.specs import Axis, devices_along
 from mpjax.train.state import TrainState, merge_trainable, split_trainable
 
 LossFn = Callable[..., Any]
@@ -42,6 +46,9 @@ def make_train_step(
     clip_norm: float | None = None,
     skip: str = "nonfinite",
     donate: bool = True,
+    mesh: Mesh | None = None,
+    axis: Axis = "data",
+    reduce_dtype: DTypeLike | None = None,
 ) -> TrainStep:
     """A jitted `step(state, batch) -> (state, metrics)`.
 
@@ -53,6 +60,14 @@ def make_train_step(
     A skipped step leaves every byte of params, optimizer state, moving average and mstate as it was; only the loss scale
     and the skip counters move. There is no host sync and one compile for good, skipped and scale-changing steps alike.
 
+    On several devices (a state from `shard_state`, batches from `shard_batch`) the same function is cut up by GSPMD, and
+    the new state lies as the old one did. The sum of a gradient over the devices then runs in the dtype of the product
+    that makes it, bfloat16 or float16 where the layer computes in that, and once in every micro-batch. With
+    `reduce_dtype="float32"` each device differentiates its own rows instead, adds up its own micro-batches, and there is
+    one float32 sum over the devices, after accumulation. What a loss function does across rows is then done within a
+    device, as under accumulation within a micro-batch: means of devices are weighted by `(sum, weight)` losses; batch
+    statistics are each device's own and their mean is stored; dropout differs by device (its index is folded into the rng).
+
     Args:
       loss_fn: `loss_fn(params, mstate, batch, rng)`, pure; returns a scalar loss or `(sum, weight)`, either alone or as
         `(loss, Aux(mstate, metrics))`. `rng` is `state.rng` with the attempt (and micro-batch) folded in.
@@ -61,6 +76,13 @@ def make_train_step(
       clip_norm: scale gradients down to this global norm, after unscaling and accumulation.
       skip: `"nonfinite"`, or `"off"`: apply whatever comes (not with a dynamic loss scale, which lives by skipping).
       donate: let the new state take the old one's memory. The old state cannot be used afterwards.
+      mesh: the mesh on which state and batches lie; needed for `reduce_dtype`. With it, rows that `accumulate` × devices
+        does not divide are refused (GSPMD would move rows between devices instead).
+      axis: the mesh axis over which the rows of a batch lie, or a tuple of them. Params that are cut over it (`fsdp`) are
+        made whole, in their own dtype, where `loss_fn` takes them, once in every micro-batch; a scanned stack of layers
+        is one param, and so is whole at once.
+      reduce_dtype: `"float32"`: sum gradients over the devices in it. None: as GSPMD does. With it `fsdp` saves the memory
+        of optimizer state and of params between steps; within one, each device holds all params and all gradients.
 
     Returns:
       A `TrainStep`. Its metrics are scalar arrays: `loss`, `grad_norm` (unscaled, before clipping), `grads_finite`,
@@ -71,7 +93,7 @@ def make_train_step(
       ValueError: a setting outside these; at the first call, before compilation: an empty batch, one that `accumulate`
         does not divide, a loss that is not a scalar, or a metric with a reserved name.
 
-    Source: Micikevicius et al., Mixed Precision Training (2018).
+    Source: Micikevicius et al., Mixed Precision Training (2018); Xu et al., GSPMD (2021).
 
     >>> from mpjax.core.model import Model
     >>> model = Model(lambda rng, x: ({"w": jnp.zeros(2)}, {}), lambda p, m, x, rng=None: (x @ p["w"], m))
@@ -88,7 +110,13 @@ def make_train_step(
         raise ValueError(f"got clip_norm={clip_norm!r}; legal is a number > 0, or None for no clipping")
     if skip not in ("nonfinite", "off"):
         raise ValueError(f"got skip={skip!r}; legal is 'nonfinite' or 'off'")
-    return TrainStep(loss_fn, optimizer, accumulate, clip_norm, skip, donate)
+    if reduce_dtype is not None and canonical(reduce_dtype) != jnp.float32:
+        raise ValueError(f"got reduce_dtype={reduce_dtype!r}; legal is 'float32', or None for what GSPMD does")
+    if reduce_dtype is not None and mesh is None:
+        raise ValueError("reduce_dtype='float32' came without a mesh; give mesh= (and axis=) on which the batch lies")
+    if mesh is not None:
+        devices_along(mesh, axis, "the batch")
+    return TrainStep(loss_fn, optimizer, accumulate, clip_norm, skip, donate, mesh, axis, reduce_dtype is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +129,35 @@ class TrainStep:
     clip_norm: float | None
     skip: str
     donate: bool
+    mesh: Mesh | None = None
+    axis: Axis = "data"
+    reduce_apart: bool = False
 
     def __post_init__(self) -> None:
         # Not a cached property: bound once, so that every call goes straight to jax's own dispatch.
-        object.__setattr__(self, "_jitted", jax.jit(self.pure, donate_argnums=(0,) if self.donate else ()))
+        object.__setattr__(self, "_jitted", self._jit(self.pure))
+        object.__setattr__(self, "_placed", {})
+
+    def _jit(self, function: Callable, **options: Any) -> Any:
+        return jax.jit(function, donate_argnums=(0,) if self.donate else (), **options)
+
+    def _jitted_for(self, state: TrainState) -> Any:
+        """The jitted step; on a mesh the one whose new state lies as this one does.
+
+        Left to itself GSPMD cut what came whole (biases beside a cut kernel), and the second step was compiled again.
+        """
+        traced = isinstance(state.step, jax.core.Tracer)
+        if traced or not isinstance(getattr(state.step, "sharding", None), NamedSharding):
+            return self._jitted  # type: ignore[attr-defined]
+        leaves, structure = jax.tree.flatten(state)
+        placement = (structure, *(x.sharding for x in leaves))
+        known = self._placed  # type: ignore[attr-defined]
+        if placement not in known:
+            shardings = jax.tree.unflatten(structure, placement[1:])
+            loss_fn = over_gathered_params(self.loss_fn, shardings.params, self.axis)
+            here = self if self.reduce_apart else dataclasses.replace(self, loss_fn=loss_fn)
+            known[placement] = self._jit(here.pure, out_shardings=(shardings, None))
+        return known[placement]
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """The state after this batch, and its metrics; both are on their way, nothing waits for them."""
@@ -117,11 +170,11 @@ class TrainStep:
                 "this TrainState was donated to an earlier step and is gone; go on with the state which that step "
                 "returned, or make the step with donate=False"
             )
-        return self._jitted(state, batch)  # type: ignore[attr-defined]
+        return self._jitted_for(state)(state, batch)
 
     def lower(self, state: TrainState, batch: Batch) -> Any:
         """jax's lowering of the step for these arguments (arrays or `ShapeDtypeStruct`s): `.compile()` it to see its cost."""
-        return self._jitted.lower(state, batch)  # type: ignore[attr-defined]
+        return self._jitted_for(state).lower(state, batch)
 
     def pure(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """The step itself, neither compiled nor donating: for `jax.make_jaxpr`, for a scan over steps, for reading."""
@@ -160,7 +213,11 @@ class TrainStep:
 
     def _gather(self, state: TrainState, trained: Params, frozen: Params, batch: Batch) -> Gathered:
         rng = jax.random.fold_in(state.rng, state.attempt)
-        return gather(self.loss_fn, trained, frozen, state.mstate, batch, rng, state.loss_scale, self.accumulate)
+        given = (self.loss_fn, trained, frozen, state.mstate, batch, rng, state.loss_scale, self.accumulate)
+        if self.mesh is None:
+            return gather(*given)
+        check_rows(batch, self.mesh, self.axis, self.accumulate)
+        return gather_apart(self.mesh, self.axis, *given) if self.reduce_apart else gather(*given)
 
     def _clip(self, grads: Params, norm: jax.Array) -> Params:
         if self.clip_norm is None:

@@ -13,7 +13,10 @@ from mpjax.policy.rules import PolicyMap
 def wrap(module: Any, policy: Any = "mixed_bfloat16", *, streams: tuple[str, ...] = ("dropout",)) -> Model:
     """A Flax module under a policy, as a pair of pure functions over ordinary pytrees.
 
-    The module is only read. `model.init(rng, *args)` initialises in float32 and hands params out in their param dtype.
+    The module is only read. `model.init(rng, *args)` initialises in float32 and hands params out in their param dtype. An
+    NNX module is best given as its constructor, `lambda rngs: Net(rngs=rngs)`, from which `init` draws (an instance keeps
+    its values, and what its own `param_dtype` has rounded stays so); `model.merge(params, mstate)` gives an ordinary module
+    of the user's classes back.
     `model.apply(params, mstate, *args, rng=None, train=None, method=None)` runs each submodule in the compute dtype that
     the policy gives its path: its float arguments and its own params are converted where it is entered and where it reads
     them, its results go back in its caller's compute dtype, and the model's own result in the policy's output dtype.
@@ -21,19 +24,22 @@ def wrap(module: Any, policy: Any = "mixed_bfloat16", *, streams: tuple[str, ...
     cannot be reached; `mpjax.audit` shows in which dtype it ran.
 
     A layer's own `dtype=` is overridden by the policy, which is the one place where precision is decided. `train=` goes to
-    the method if it takes it; if it must have it and none is given, it gets False.
+    the method if it takes it; if it must have it and none is given, it gets False. For NNX a method that does not take it
+    is run after `.train()` or `.eval()`, and as the module stands where no `train=` is given; `rng` reseeds every rng stream
+    of an NNX module, which otherwise go on from where `mstate` holds them.
 
     Args:
-      module: a `flax.linen.Module`, not bound.
+      module: a `flax.linen.Module`, not bound; an `nnx.Module`, or a function from `nnx.Rngs` to one.
       policy: a `PolicyMap`, a dict of rules, a `Policy` or a policy string.
-      streams: names of the rng streams that the module draws from; each is derived from `rng` by its place here.
+      streams: names of the rng streams that a Linen module draws from; each is derived from `rng` by its place here.
 
     Returns:
       A `Model`; `model.explain(*sample)` prints what holds where.
 
     Raises:
       TypeError: not a Flax module.
-      ValueError: a rule that can never act on this module (raised by `init`, `apply` or `explain`, which see its paths),
+      ValueError: a rule that can never act on this module (for Linen raised by `init`, `apply` or `explain`, which see its
+        paths), rules that conflict on a shared NNX module,
         or a float8 compute dtype, in which only products can run.
 
     >>> import jax, jax.numpy as jnp
@@ -43,6 +49,10 @@ def wrap(module: Any, policy: Any = "mixed_bfloat16", *, streams: tuple[str, ...
     >>> y, mstate = model.apply(params, mstate, jnp.ones((1, 3)))
     >>> str(params["kernel"].dtype), str(y.dtype)
     ('float32', 'float32')
+    >>> from flax import nnx
+    >>> model = wrap(lambda rngs: nnx.Linear(3, 2, rngs=rngs), "mixed_bfloat16")
+    >>> model.apply(*model.init(jax.random.key(0)), jnp.ones((1, 3)))[0].dtype
+    dtype('float32')
     """
     rules = PolicyMap.of(policy)
     narrow = sorted(str(dtype) for dtype in rules.compute_dtypes if dtype.itemsize < 2)

@@ -1,15 +1,28 @@
-"""Experiments as a user starts them: `--help` shows every field with its unit, a wrong name is an error."""
+"""Experiments as a user starts them: what the command line means, what it refuses, and what Ctrl-C leaves."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
-from experiments import _run, numerics_underflow, vision_digits
+import mpjax
+from experiments import _data, _run, language_gpt, mlp_jax, numerics_underflow, vision_digits
+from mpjax.measure.audit import audit
+
+ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("experiment", [vision_digits, numerics_underflow])
+@pytest.mark.parametrize("experiment", [vision_digits, numerics_underflow, language_gpt, mlp_jax])
 def test_help_shows_the_lab_note_and_every_field(experiment, capsys):
     with pytest.raises(SystemExit) as end:
         _run.parse(experiment.Config, experiment.__doc__, ["--help"])
@@ -28,3 +41,128 @@ def test_an_unknown_name_ends_with_2(capsys):
     with pytest.raises(SystemExit) as end:
         _run.parse(vision_digits.Config, None, ["--stepz=7"])
     assert end.value.code == 2 and "stepz" in capsys.readouterr().err
+
+
+def test_one_policy_has_a_short_name_and_rules_are_pairs():
+    args = ["--policy", "bf16", "--rules", "head", "compute=float32,output=float32", "--rules", "**/attention", "c=f16"]
+    config = _run.parse(vision_digits.Config, None, args)
+    assert config.policies == ("bf16",)
+    assert config.rules == (("head", "compute=float32,output=float32"), ("**/attention", "c=f16"))
+    maps = _run.policy_maps(config.policies, config.rules)
+    assert maps == {"bf16": mpjax.PolicyMap(default="bf16"), "rules": mpjax.PolicyMap(dict(config.rules))}
+    assert maps["rules"].default == mpjax.get_policy("mixed_bfloat16")
+
+
+@pytest.mark.parametrize("experiment", [vision_digits, language_gpt])
+def test_a_map_of_rules_trains_as_one_more_policy(experiment, tmp_path, monkeypatch):
+    """It reaches the job that is trained, and decides there what computes in which dtype."""
+    text = np.zeros(1000, np.uint8)
+    monkeypatch.setattr(_data, "shakespeare", lambda: _data.Split({"text": text}, {"text": text}))
+    seen = {}
+
+    def compare(policies, make_job, folder, **settings):
+        for name, policy in policies.items():
+            job = make_job(policy)
+            step = job.step(**settings["step_options"]).pure
+            found = audit(step, jax.eval_shape(job.state, jax.random.key(0)), job.batches(0))
+            seen[name] = set(found.flops_by_dtype())
+
+    monkeypatch.setattr(_run, "compare", compare)
+    args = ["--policy", "f32", "--rules", "**/attention", "c=f16", "--width=16", "--depth=1", f"--workdir={tmp_path}"]
+    assert _run.start(experiment.Config, experiment.main, None, args) == 0
+    assert seen == {"f32": {"float32"}, "rules": {"bfloat16", "float16"}}
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--policy", "bf17"], "Unknown dtype 'bf17'"),
+        (["--rules", "haed", "float32"], "rule 'haed' matches no path; did you mean 'head'"),
+        (["--rules", "head", "c=f17"], "Unknown dtype 'f17'"),
+        (["--policies"], "legal is at least one, and each once"),
+        (["--policies", "f32", "f32"], "legal is at least one, and each once"),
+        (["--rules", "head", "f32", "--rules", "head", "f16"], "legal is at least one, and each once"),
+    ],
+)
+def test_a_policy_that_makes_no_sense_ends_with_2_and_no_traceback(args, said, tmp_path, capsys):
+    args = [*args, f"--workdir={tmp_path}"]
+    assert _run.start(vision_digits.Config, vision_digits.main, None, args, prog="vision_digits") == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("vision_digits: ") and said in shown and shown.count("\n") == 1
+    assert not list(tmp_path.rglob("metrics.jsonl"))  # told before anything was trained
+
+
+def test_data_that_is_missing_ends_with_1_and_makes_no_run_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MPJAX_DATA", str(tmp_path / "data"))
+    args = [f"--workdir={tmp_path / 'runs'}"]
+    assert _run.start(language_gpt.Config, language_gpt.main, None, args) == 1
+    assert "python -m experiments._data shakespeare" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    def broken(config):
+        raise ValueError("not the user's")
+
+    with pytest.raises(ValueError, match="not the user's"):
+        _run.start(mlp_jax.Config, broken, None, [])
+    assert not issubclass(ValueError, (_run.Refused, _data.CorruptDataError))
+
+
+def test_ctrl_c_writes_what_was_measured_and_ends_with_130(tmp_path):
+    command = ["train", "mlp_jax", "--width=16", "--steps=1000000", f"--workdir={tmp_path}", "--progress=False"]
+    # A shell may start what runs in its background with SIGINT ignored, and children inherit that.
+    program = f"""
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from mpjax.cli import main
+sys.exit(main({command}))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    run = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while run.poll() is None and time.monotonic() < deadline:
+            if any(path.read_text().count("\n") >= 100 for path in tmp_path.glob("*/float32/metrics.jsonl")):
+                break
+            time.sleep(0.05)
+        run.send_signal(signal.SIGINT)
+        out, err = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    (folder,) = tmp_path.iterdir()
+    assert run.returncode == 130 and "Traceback" not in err, err
+    lines = [json.loads(line) for line in (folder / "float32" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["attempt"] for line in lines if "step" in line]
+    assert steps == list(range(len(steps))) and 99 <= len(steps) < 1000000
+    (row,) = json.loads((folder / "table.json").read_text())
+    assert row["policy"] == f"float32 ({len(steps)} steps)"
+    assert row["final loss"] == next(line["step"]["loss"] for line in reversed(lines) if "step" in line)
+    assert (folder / "curves.png").exists()
+    assert (
+        f"interrupted during float32, after {len(steps)} of 1000000 steps; what was measured until then is in {folder}"
+        in out
+    )
+
+
+@pytest.mark.parametrize("when", ["before its steps", "in its steps"])
+def test_ctrl_c_keeps_the_policies_that_were_done(when, tmp_path, monkeypatch, capsys):
+    def train(name, job, folder, attempts, *_):
+        if name == "mixed_bfloat16" and when == "before its steps":
+            raise KeyboardInterrupt
+        metrics = {"loss": 1.0, "loss_scale": 1.0, "skipped": 0.0}
+        made = 7 if name == "mixed_bfloat16" else attempts
+        result = mpjax.FitResult(None, [{"attempt": n, **metrics} for n in range(made)])
+        result.stopped = "done" if made == attempts else "interrupted"
+        return _run.Trained({"test accuracy": None, "final loss": 1.0}, result)
+
+    monkeypatch.setattr(_run, "train", train)
+    args = ["--steps=20", f"--workdir={tmp_path}"]
+    assert _run.start(mlp_jax.Config, mlp_jax.main, None, args) == 130
+    (folder,) = tmp_path.iterdir()
+    done = {"before its steps": ["float32"], "in its steps": ["float32", "mixed_bfloat16 (7 steps)"]}[when]
+    assert [row["policy"] for row in json.loads((folder / "table.json").read_text())] == done
+    said = {"before its steps": "outside its steps", "in its steps": "after 7 of 20 steps"}[when]
+    assert f"interrupted during mixed_bfloat16, {said}" in capsys.readouterr().out

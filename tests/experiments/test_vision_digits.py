@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import mpjax
-from experiments import vision_digits
+from experiments import _run, vision_digits
 from mpjax.measure.audit import audit
 
 SMALL = {"width": 32, "depth": 1, "heads": 2}
@@ -58,12 +58,12 @@ def test_the_run_folder_holds_what_it_should(run):
 @pytest.mark.parametrize("name", HALVES)
 def test_at_least_95_percent_of_matrix_flops_are_in_half(name):
     """Of the whole train step at its real size, backward pass and optimizer included."""
-    assert share(name, vision_digits.policy_map(name)) >= 0.95
+    assert share(name, policy_map(name)) >= 0.95
 
 
 def test_the_share_is_zero_with_the_wrap_taken_out(monkeypatch):
     monkeypatch.setattr(mpjax, "wrap", lambda module, policy: bare(module))
-    assert share("mixed_bfloat16", vision_digits.policy_map("mixed_bfloat16")) == 0
+    assert share("mixed_bfloat16", policy_map("mixed_bfloat16")) == 0
 
 
 def share(name, policy):
@@ -71,6 +71,10 @@ def share(name, policy):
     state = jax.eval_shape(job.state, jax.random.key(0))
     batch = job.batches(0)
     return audit(job.step(clip_norm=1.0).pure, state, batch).share(*HALVES[name])
+
+
+def policy_map(name):
+    return _run.policy_maps((name,), by_path=vision_digits.BY_PATH)[name]
 
 
 def bare(module):

@@ -327,6 +327,14 @@ def test_cast_params_once_for_evaluation_gives_the_same_bits():
         mpjax.wrap(LM(), rules).cast_params(params)
 
 
+def test_cast_params_go_through_a_scan():
+    """Whose carry, in the user's own module, would come in bfloat16 and leave a float32 norm in float32."""
+    model, params, mstate = made(LM(kind="scan"), "mixed_bfloat16", TOKENS)
+    cast = model.cast_params(params)
+    assert cast["layers"]["block"]["up"]["kernel"].dtype == jnp.bfloat16
+    assert (output(model, cast, mstate, TOKENS) == output(model, params, mstate, TOKENS)).all()
+
+
 def test_what_cannot_be_wrapped_is_refused():
     with pytest.raises(TypeError, match=r"wrap takes a flax.linen Module instance \(nn.Dense\(8\), not nn.Dense\)"):
         mpjax.wrap(nn.Dense, "mixed_bfloat16")

@@ -314,6 +314,31 @@ def test_coordinates_enter_unrounded_where_the_rule_keeps_input():
         assert float(model.apply(params, mstate, t)[0]) == wanted
 
 
+def test_a_float32_residual_stream_through_a_scan_wants_a_rule_that_says_so():
+    """The body of an NNX scan is a function, so that the wrap cannot see its carry; the rule names both borders."""
+
+    class Residual(nnx.Module):
+        def __init__(self, rngs):
+            self.dense = nnx.Linear(16, 16, rngs=rngs)
+
+        def __call__(self, x):
+            return x + self.dense(x).astype(x.dtype)
+
+    class Stack(nnx.Module):
+        def __init__(self, rngs):
+            self.layers = nnx.split_rngs(splits=3)(nnx.vmap(lambda rngs: Residual(rngs)))(rngs)
+
+        def __call__(self, x):
+            scan = nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+            return scan(x.astype(jnp.float32), self.layers)
+
+    with pytest.raises(TypeError, match="carry"):
+        model, params, mstate = made(Stack)
+        jax.eval_shape(model.apply, params, mstate, X)
+    model, params, mstate = made(Stack, {"layers/dense": "bfloat16", "layers": "input=keep,output=float32"})
+    assert dots(model, params, mstate, X) == {"layers/dense": {"bfloat16"}}
+
+
 def test_fault_14_aliases_must_agree():
     """One module under two names, and one Param in two modules: every name counts."""
     for rules, what in (({"same": "float16"}, "Linear"), ({"other": "float16"}, "Param")):

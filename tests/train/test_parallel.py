@@ -1,0 +1,328 @@
+"""What runs between devices, read in the HLO; and `reduce_dtype`, whose step is the same step."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import mpjax
+from mpjax.train.parallel import _agreed
+from mpjax.train.state import Aux, TrainState
+from mpjax.train.step import make_train_step
+from tests.train.meshes import (
+    KEY,
+    PLACEMENTS,
+    WIDTHS,
+    agree,
+    apart,
+    batch_of,
+    collectives,
+    compiled_quickly,
+    masked_loss,
+    mean_loss,
+    needs_eight,
+    partitioned,
+    perceptron,
+    placements_of,
+)
+from tests.train.toys import held, recording
+
+pytestmark = needs_eight
+MESH = PLACEMENTS["data"].mesh if len(jax.devices()) >= 8 else None
+SGD, RECORDED = optax.sgd(0.1), recording(optax.sgd(0.1))
+MANY = 480
+GRADIENTS = {WIDTHS[1:], WIDTHS[:2], WIDTHS[1:2], WIDTHS[2:]}
+
+
+@functools.cache
+def created(optimizer=SGD, dtype=jnp.float32):
+    return TrainState.create(perceptron(dtype), optimizer, KEY, None)
+
+
+@pytest.fixture
+def quick():
+    with compiled_quickly():
+        yield
+
+
+def lowered(name, dtype=jnp.float32, rows=MANY, **options):
+    placed = PLACEMENTS[name]
+    state = mpjax.shard_state(created(dtype=dtype), placed.mesh, placed.rules)
+    step = make_train_step(mean_loss(dtype), SGD, mesh=placed.mesh, **options)
+    return step.lower(state, mpjax.shard_batch(batch_of(rows), placed.mesh))
+
+
+@functools.cache
+def one_device_flops():
+    return make_train_step(mean_loss(), SGD).lower(created(), batch_of(MANY)).compile().cost_analysis()["flops"]
+
+
+# ---- what moves between devices --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("data", {}),
+        ("data", {"accumulate": 2}),
+        ("data", {"accumulate": 2, "reduce_dtype": "float32"}),
+        ("fsdp", {"accumulate": 2}),
+        ("fsdp", {"reduce_dtype": "float32"}),
+        ("tensor", {"accumulate": 2, "reduce_dtype": "float32"}),
+        ("fsdp+tensor", {"accumulate": 2}),
+    ],
+)
+def test_no_row_of_a_batch_moves_and_none_is_computed_twice(name, options):
+    """Every row is known by the shape that it is in: no dimension of a param is a number of rows. Sums over the model
+    axis (all-reduce) are what tensor parallelism consists of; gathers and exchanges of rows are not. The FLOPs of one
+    device are an eighth of one device's alone, to 10 %: elementwise work on params that are whole is done by all.
+    """
+    compiled = lowered(name, **options).compile()
+    rows = {MANY // cut for cut in (1, 2, 4, 8, 16)}
+    moved = [c for c in collectives(compiled.as_text()) if rows & set(c.shape)]
+    assert [c for c in moved if name in ("data", "fsdp") or c.kind != "all-reduce"] == []
+    assert compiled.cost_analysis()["flops"] <= one_device_flops() / 8 * 1.1
+
+
+@pytest.mark.parametrize("name", ["fsdp", "fsdp+tensor"])
+def test_params_cut_over_the_batchs_axis_are_made_whole_and_not_the_batch(name):
+    """With fewer rows than a kernel has columns GSPMD, left to itself, gathers the rows and computes its columns for all."""
+    found = collectives(lowered(name, rows=48).compile().as_text())
+    assert [c for c in found if {48, 24, 12, 6} & set(c.shape) and c.kind != "all-reduce"] == []
+    assert any(c.kind == "all-gather" and 15 in c.shape for c in found)
+
+
+def test_the_reader_of_hlo_sees_rows_that_move():
+    """Micro-batches cut the other way, in runs of rows, are spread anew over the devices."""
+
+    def loss_fn(params, batch):
+        parts = batch["x"].reshape(2, MANY // 2, -1)
+        return sum((jnp.tanh(part @ params["up"]["kernel"]) ** 2).mean() for part in parts)
+
+    state = mpjax.shard_state(created(), MESH)
+    moved = jax.jit(jax.grad(loss_fn)).lower(state.params, mpjax.shard_batch(batch_of(MANY), MESH))
+    found = collectives(moved.compile().as_text())
+    assert any(MANY // 2 in c.shape or MANY // 16 in c.shape or MANY // 8 in c.shape for c in found)
+
+
+# ---- in which dtype gradients are summed -----------------------------------------------------------------------------
+
+
+def sums_of_gradients(hlo):
+    """Every all-reduce of something of a param's shape (or its transpose): the sums of gradients over the devices."""
+    shapes = GRADIENTS | {shape[::-1] for shape in GRADIENTS}
+    return [c for c in collectives(hlo) if c.kind in ("all-reduce", "reduce-scatter") and c.shape in shapes]
+
+
+@pytest.mark.parametrize(("dtype", "short"), [(jnp.bfloat16, "bf16"), (jnp.float16, "f16")])
+def test_gspmd_sums_gradients_in_the_dtype_of_their_product(dtype, short, tmp_path):
+    """Read right behind the pass that cuts the program up (`spmd-partitioning`): the CPU then widens products and sums of
+    bfloat16 to float32 for want of instructions (`float-normalization-bf16`); it leaves those of float16. With
+    accumulation the sums run in the loop, once in every micro-batch.
+    """
+    found, finished = map(sums_of_gradients, partitioned(lowered("data", dtype, accumulate=2), tmp_path))
+    assert len(found) == 4 and {c.dtype for c in found} == {short}
+    assert len(finished) == 4 and all(c.looped for c in finished)
+    assert {c.dtype for c in finished} == {"f32" if short == "bf16" else short}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "accumulate"),
+    [("data", jnp.bfloat16, 2), ("data", jnp.float16, 1), ("fsdp", jnp.float16, 2)],
+)
+def test_with_reduce_dtype_each_gradient_is_summed_once_in_float32_behind_the_loop(name, dtype, accumulate, tmp_path):
+    for hlo in partitioned(lowered(name, dtype, accumulate=accumulate, reduce_dtype="float32"), tmp_path):
+        found = sums_of_gradients(hlo)
+        assert len(found) == 4 and {c.dtype for c in found} == {"f32"}
+        assert not any(c.looped for c in collectives(hlo))
+
+
+# ---- the same step ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("name", "dtype", "accumulate", "loss", "tolerance"),
+    [
+        ("data", jnp.float32, 1, masked_loss, 2e-6),
+        ("data", jnp.float32, 2, masked_loss, 2e-6),
+        ("fsdp", jnp.float32, 2, mean_loss, 2e-6),
+        ("tensor", jnp.bfloat16, 2, masked_loss, 2e-2),
+    ],
+)
+def test_reduced_apart_the_step_is_the_same(name, dtype, accumulate, loss, tolerance):
+    """Against GSPMD's own, with weights that differ from device to device; tolerances as in `test_sharding`."""
+    placed = PLACEMENTS[name]
+    found = []
+    for reduce_dtype in (None, "float32"):
+        state = mpjax.shard_state(created(RECORDED, dtype), placed.mesh, placed.rules)
+        before = placements_of(state)
+        step = make_train_step(
+            loss(dtype), RECORDED, accumulate=accumulate, mesh=placed.mesh, reduce_dtype=reduce_dtype, clip_norm=0.3
+        )
+        for seed in range(3):
+            state, metrics = step(state, mpjax.shard_batch(batch_of(seed=seed), placed.mesh))
+        assert placements_of(state) == before
+        found.append(jax.device_get((metrics, state.params, state.mstate, state.opt_state)))
+    assert apart(found[1], found[0]) <= tolerance
+
+
+def tiny(loss_fn, mstate=None, **options):
+    """A state with one weight, its step under `reduce_dtype`, on eight devices."""
+    model = mpjax.Model(lambda key: ({"w": jnp.ones(())}, mstate or {}), print)
+    state = mpjax.shard_state(TrainState.create(model, SGD, KEY), MESH)
+    return state, make_train_step(loss_fn, SGD, mesh=MESH, reduce_dtype="float32", **options)
+
+
+def weighted(params, mstate, batch, rng):
+    total = (batch["x"] * batch["weight"]).sum()
+    weight = batch["weight"].sum()
+    return (params["w"] * total, weight), Aux(mstate, {"mean": total / weight})
+
+
+def eight(**changes):
+    batch = {"x": np.arange(1, 9, dtype=np.float32), "weight": np.float32([0, 1, 2, 0, 3, 0, 0, 2])}
+    for name, (i, value) in changes.items():
+        batch[name][i] = value
+    return mpjax.shard_batch(batch, MESH)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_device_without_weight_has_no_say():
+    state, step = tiny(weighted)
+    batch = eight()
+    mean = float(np.average(np.asarray(batch["x"]), weights=np.asarray(batch["weight"])))
+    after, metrics = step(state, batch)
+    assert float(metrics["loss"]) == pytest.approx(mean, rel=1e-6)
+    assert float(metrics["mean"]) == pytest.approx(mean, rel=1e-6)  # and not the NaN of 0 / 0 on four devices
+    assert float(after.params["w"]) == pytest.approx(1 - 0.1 * mean, rel=1e-6)
+
+
+@pytest.mark.usefixtures("quick")
+def test_no_weight_on_any_device_is_a_skip():
+    state, step = tiny(weighted)
+    batch = mpjax.shard_batch({"x": np.ones(8, np.float32), "weight": np.zeros(8, np.float32)}, MESH)
+    before = held(state)
+    after, _ = step(state, batch)
+    assert held(after) == before and int(after.skipped) == 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_nan_on_a_device_without_weight_is_a_skip_as_it_is_with_gspmd():
+    state, step = tiny(weighted)
+    before = held(state)
+    after, _ = step(state, eight(x=(0, np.nan)))  # 0 · NaN
+    assert held(after) == before and int(after.skipped) == 1
+
+    def only_the_loss(params, mstate, batch, rng):
+        return (params["w"] * batch["weight"].sum() + jax.lax.stop_gradient(batch["x"].sum()), batch["weight"].sum())
+
+    for options in ({"reduce_dtype": "float32"}, {}):
+        state, _ = tiny(only_the_loss)
+        after, _ = make_train_step(only_the_loss, SGD, mesh=MESH, **options)(state, eight(x=(0, np.nan)))
+        assert int(after.skipped) == 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_each_device_draws_its_own_numbers_from_the_steps_rng():
+    def loss_fn(params, mstate, batch, rng):
+        return params["w"] * batch.mean(), Aux(mstate, {"draw": jax.random.uniform(rng)})
+
+    state, step = tiny(loss_fn)
+    rng = jax.random.fold_in(state.rng, 0)
+    draws = [float(jax.random.uniform(jax.random.fold_in(rng, device))) for device in range(8)]
+    assert len(set(draws)) == 8
+    _, metrics = step(state, mpjax.shard_batch(np.ones(8, np.float32), MESH))
+    assert float(metrics["draw"]) == pytest.approx(np.mean(draws), rel=1e-6)
+
+
+@pytest.mark.usefixtures("quick")
+def test_rows_over_two_axes():
+    """Each of the eight devices holds one row, and its index is that of its row."""
+    axes = ("data", "model")
+
+    def loss_fn(params, mstate, batch, rng):
+        return params["w"] * batch.mean(), Aux(mstate, {"draw": jax.random.uniform(rng) * batch[0]})
+
+    grid = PLACEMENTS["tensor"].mesh
+    state = mpjax.shard_state(tiny(loss_fn)[0], grid)
+    draws = [float(jax.random.uniform(jax.random.fold_in(jax.random.fold_in(state.rng, 0), i))) for i in range(8)]
+    step = make_train_step(loss_fn, SGD, mesh=grid, axis=axes, reduce_dtype="float32")
+    after, metrics = step(state, mpjax.shard_batch(np.arange(8, dtype=np.float32), grid, axes))
+    assert float(metrics["draw"]) == pytest.approx(np.mean(np.arange(8) * draws), rel=1e-6)
+    assert float(after.params["w"]) == pytest.approx(1 - 0.1 * 3.5, rel=1e-6)
+
+
+@pytest.mark.usefixtures("quick")
+def test_batch_statistics_are_the_mean_of_the_devices_and_counters_are_the_firsts():
+    def loss_fn(params, mstate, batch, rng):
+        first = batch[0]
+        new = {
+            "mean": batch.mean(),
+            "half": (1000 * batch.mean()).astype(jnp.float16),
+            "count": mstate["count"] + first.astype(jnp.int32),
+            "seen": first > 0,
+            "key": jax.random.fold_in(mstate["key"], first.astype(jnp.int32)),
+        }
+        return params["w"] * batch.mean(), Aux(new)
+
+    start = {
+        "mean": jnp.float32(0),
+        "half": jnp.float16(0),
+        "count": jnp.int32(5),
+        "seen": jnp.array(False),
+        "key": KEY,
+    }
+    state, step = tiny(loss_fn, start)
+    batch = np.arange(1, 17, dtype=np.float32)
+    after, _ = step(state, mpjax.shard_batch(batch, MESH))
+    new = after.mstate
+    assert agree(new)
+    assert (float(new["mean"]), int(new["count"]), bool(new["seen"])) == (8.5, 6, True)
+    assert float(new["half"]) == pytest.approx(8500, rel=1e-3) and new["half"].dtype == jnp.float16  # 68000 is infinite
+    assert bool((new["key"] == jax.random.fold_in(KEY, 1)).all())
+
+
+@pytest.mark.usefixtures("quick")
+def test_statistics_that_one_device_spoils_and_overwrites_are_a_skip_on_all():
+    """Its second micro-batch hides what its first one spoiled; the loss never sees it."""
+
+    def loss_fn(params, mstate, batch, rng):
+        return params["w"] * batch["x"].mean(), Aux({"last": batch["only for statistics"].mean()})
+
+    for device in (0, 5):
+        state, step = tiny(loss_fn, {"last": jnp.float32(0)}, accumulate=2)
+        batch = {"x": np.ones(16, np.float32), "only for statistics": np.ones(16, np.float32)}
+        batch["only for statistics"][2 * device] = np.nan
+        before = held(state)
+        after, metrics = step(state, mpjax.shard_batch(batch, MESH))
+        assert held(after) == before and int(after.skipped) == 1 and agree((after, metrics))
+
+
+def test_a_key_of_another_kind_stays_one():
+    key = jax.random.key(0, impl="rbg")
+    same = jax.shard_map(
+        lambda x: _agreed(x, ("data",), jnp.array(True)),
+        mesh=PLACEMENTS["data"].mesh, in_specs=jax.P(), out_specs=jax.P(), check_vma=False,
+    )  # fmt: skip
+    assert jax.jit(same)(key).dtype == key.dtype
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_settings_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="reduce_dtype='float32' came without a mesh; give mesh="):
+        make_train_step(mean_loss(), SGD, reduce_dtype="float32")
+    with pytest.raises(ValueError, match="got reduce_dtype='bfloat16'; legal is 'float32', or None"):
+        make_train_step(mean_loss(), SGD, reduce_dtype="bfloat16", mesh=MESH)
+    with pytest.raises(ValueError, match="the mesh axis 'rows', which this mesh lacks; it has 'data'"):
+        make_train_step(mean_loss(), SGD, mesh=MESH, axis="rows")
+    state, step = tiny(weighted)
+    with pytest.raises(ValueError, match="has 12 rows, which the 8 devices of mesh axis 'data' cannot share evenly"):
+        step(state, {"x": np.ones(12), "weight": np.ones(12)})
