@@ -10,7 +10,7 @@ Reads      bits per byte of held-out text, loss / ln 2: a uniform guess has 8. O
 Time       2 minutes on 2 CPU cores, to about 2.8 bits per byte. At a learning rate of 5e-3 training is less steady:
            another seed, or rounding alone, moved the result by a tenth of a bit.
 Run        mpjax train language_gpt, or python -m experiments.language_gpt --steps=100 --policy mixed_bfloat16
-Full size  for a GPU; not run yet:
+Full size  for a GPU (run for 500 and 1,000 steps: experiments/records/2026-11-24-three-experiments-h200):
            --width=512 --depth=8 --heads=8 --context=1024 --batch-size=64 --accumulate=2 --remat=True --steps=2000
            --learning-rate=6e-4 --eval-every=200 --eval-windows=256
 """
