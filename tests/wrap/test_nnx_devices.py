@@ -94,7 +94,7 @@ def test_annotations_place_params_where_no_rule_speaks():
     optimizer = optax.sgd(0.1, momentum=0.9)
     state = mpjax.shard_state(mpjax.TrainState.create(model, optimizer, jax.random.key(0)), MESH)
     specs = {
-        str(x.sharding.spec) for x in jax.tree.leaves((state.params["kernel"], state.opt_state[0].trace["kernel"]))
+        tuple(x.sharding.spec) for x in jax.tree.leaves((state.params["kernel"], state.opt_state[0].trace["kernel"]))
     }
     assert specs == {(None, "data")}
     step = mpjax.make_train_step(lambda p, m, x, rng: jnp.square(model.apply(p, m, x)[0]).mean(), optimizer)
