@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.core import meta
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mpjax.core.dtypes import is_float
 from mpjax.core.types import MState, Params, PyTree
@@ -55,7 +55,8 @@ class Leaves:
     def read(self, module: nnx.Module) -> tuple[Params, MState]:
         """The module's arrays as two nested dicts; annotated ones in a box, `flax.core.meta.Partitioned`, as Linen has them."""
         params, mstate = (
-            _nest({leaf.place: _boxed(_at(module, leaf.keys), leaf) for leaf in leaves}) for leaves in self._both
+            unflatten_dict({leaf.place: _boxed(_at(module, leaf.keys), leaf) for leaf in leaves})
+            for leaves in self._both
         )
         return params, mstate
 
@@ -67,7 +68,7 @@ class Leaves:
         """
         state = []
         for what, tree, leaves in zip(("params", "mstate"), (params, mstate), self._both, strict=True):
-            given = dict(_flat(tree, {leaf.place for leaf in leaves}))
+            given = _flat(tree, leaves)
             missing = ["/".join(leaf.place) for leaf in leaves if leaf.place not in given]
             extra = ["/".join(place) for place in given.keys() - {leaf.place for leaf in leaves}]
             if missing or extra:
@@ -80,7 +81,7 @@ class Leaves:
 
     def reseeded(self, mstate: MState, rng: jax.Array) -> MState:
         """`mstate` with every rng stream at the start of a key of its own, shaped and typed as the stored one."""
-        flat = dict(_flat(mstate, {leaf.place for leaf in self.state}))
+        flat = _flat(mstate, self.state)
         streams = [leaf for leaf in self.state if leaf.kind is not None and issubclass(leaf.kind, nnx.RngState)]
         for index, leaf in enumerate(streams):
             old = flat[leaf.place]
@@ -89,7 +90,7 @@ class Leaves:
                 flat[leaf.place] = jax.random.wrap_key_data(bits, impl=jax.random.key_impl(old))
             else:
                 flat[leaf.place] = jnp.zeros_like(old)
-        return _nest(flat)
+        return unflatten_dict(flat)
 
     def updated(self, module: nnx.Module, old: MState, keep_rngs: bool) -> MState:
         """What the module's state is after a call, in the dtypes that it had before.
@@ -107,13 +108,13 @@ class Leaves:
             raise ValueError(
                 f"the call made state that init did not know: {', '.join(made)}; make it in the constructor"
             )
-        before = dict(_flat(old, {leaf.place for leaf in self.state}))
+        before = _flat(old, self.state)
         after = {}
         for leaf in self.state:
             stays = keep_rngs and leaf.kind is not None and issubclass(leaf.kind, nnx.RngState)
             was = before[leaf.place]
             after[leaf.place] = was if stays else _boxed(_as_stored(_at(module, leaf.keys), meta.unbox(was)), leaf)
-        return _nest(after)
+        return unflatten_dict(after)
 
     @property
     def _both(self) -> tuple[list[Leaf], list[Leaf]]:
@@ -142,19 +143,7 @@ def _at(module: nnx.Module, keys: Keys) -> Any:
     return node.get_raw_value() if isinstance(node, nnx.Variable) else node
 
 
-def _nest(flat: dict[Place, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for place, value in flat.items():
-        node = tree
-        for name in place[:-1]:
-            node = node.setdefault(name, {})
-        node[place[-1]] = value
-    return tree
-
-
-def _flat(tree: PyTree, places: set[Place], above: Place = ()) -> Iterator[tuple[Place, Any]]:
-    if above in places or not isinstance(tree, dict):
-        yield above, tree
-    else:
-        for name, child in tree.items():
-            yield from _flat(child, places, (*above, name))
+def _flat(tree: PyTree, leaves: list[Leaf]) -> dict[Place, Any]:
+    """A tree by place. What lies at a leaf's place is not opened, whatever it is."""
+    places = {leaf.place for leaf in leaves}
+    return flatten_dict(tree if isinstance(tree, dict) else {}, is_leaf=lambda place, _: place in places)
