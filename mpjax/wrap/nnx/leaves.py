@@ -34,6 +34,10 @@ class Leaf:
     axes: tuple | None
     """Its sharding annotation, one mesh axis (or None) a dimension."""
 
+    def holds(self, kind: type) -> bool:
+        """Whether a Variable of this kind holds it."""
+        return self.kind is not None and issubclass(self.kind, kind)
+
 
 class Leaves:
     """The arrays of modules of one structure. Sown Intermediates are none of them."""
@@ -82,10 +86,10 @@ class Leaves:
     def reseeded(self, mstate: MState, rng: jax.Array) -> MState:
         """`mstate` with every rng stream at the start of a key of its own, shaped and typed as the stored one."""
         flat = _flat(mstate, self.state)
-        streams = [leaf for leaf in self.state if leaf.kind is not None and issubclass(leaf.kind, nnx.RngState)]
+        streams = [leaf for leaf in self.state if leaf.holds(nnx.RngState)]
         for index, leaf in enumerate(streams):
             old = flat[leaf.place]
-            if issubclass(leaf.kind or object, nnx.RngKey):
+            if leaf.holds(nnx.RngKey):
                 bits = jax.random.bits(jax.random.fold_in(rng, index), jax.random.key_data(old).shape, "uint32")
                 flat[leaf.place] = jax.random.wrap_key_data(bits, impl=jax.random.key_impl(old))
             else:
@@ -111,7 +115,7 @@ class Leaves:
         before = _flat(old, self.state)
         after = {}
         for leaf in self.state:
-            stays = keep_rngs and leaf.kind is not None and issubclass(leaf.kind, nnx.RngState)
+            stays = keep_rngs and leaf.holds(nnx.RngState)
             was = before[leaf.place]
             after[leaf.place] = was if stays else _boxed(_as_stored(_at(module, leaf.keys), meta.unbox(was)), leaf)
         return unflatten_dict(after)

@@ -110,7 +110,7 @@ def plan_sites(graph: Graph, rules: PolicyMap) -> dict[int, Site]:
     for module in graph.modules:
         found[id(module.node)] = _one({p: rules.resolve(p, classes) for p in module.owners}, module)
     for variable in graph.variables:
-        if isinstance(variable.node, nnx.Param):
+        if isinstance(variable.node, nnx.Param):  # only to refuse a conflict: it is read in its reader's dtype
             _one({p: found[id(owner)] for p, owner in variable.owners.items()}, variable)
 
     def border(module: Found, path: str) -> tuple[np.dtype, bool, bool]:
