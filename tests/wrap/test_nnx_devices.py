@@ -11,9 +11,11 @@ from flax import nnx
 
 import mpjax
 from mpjax.measure.audit import audit
+from tests.train.meshes import PLACEMENTS, needs_eight
 
 X = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
-MESH = jax.make_mesh((8,), ("data",))
+MESH = PLACEMENTS["data"].mesh if len(jax.devices()) >= 8 else None
+pytestmark = needs_eight
 
 
 class Net(nnx.Module):
