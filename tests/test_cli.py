@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import mpjax
-from mpjax import cli
-from mpjax.cli import main
+from mpjax.cli import main, target
+from mpjax.cli.output import print_json
 from mpjax.policy.hardware import CHIPS
 
 
@@ -53,6 +54,20 @@ def test_a_policy_that_does_not_parse_is_told_on_stderr(text, capsys):
         mpjax.get_policy(text)
     assert shown.out == ""
     assert shown.err == f"mpjax policy: {said.value}\n"
+
+
+def test_json_says_the_same(capsys):
+    assert main(["policy", "c=f16", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["compute"]["max"] == 65504.0
+    assert main(["hardware", "--json"]) == 0
+    chips = {chip["name"]: chip for chip in json.loads(capsys.readouterr().out)}
+    assert chips["T4"]["support"]["bfloat16"] == "emulated" and chips["T4"]["begin_with"] == "mixed_float16"
+
+
+def test_json_has_a_word_for_everything(capsys):
+    print_json({"nan": float("nan"), "array": np.array([1.0, np.inf]), 3: (np.dtype("float16"), Path("a"), None, True)})
+    told = {"nan": "nan", "array": [1.0, "inf"], "3": ["float16", "a", None, True]}
+    assert json.loads(capsys.readouterr().out) == told
 
 
 @pytest.mark.parametrize("argv", [[], ["bake"], ["policy"], ["hardware", "--loud"], ["train"], ["train", "--steps=1"]])
@@ -107,7 +122,7 @@ def test_train_lists_the_experiments_there_are(name, capsys):
 
 
 def test_train_without_a_checkout_says_where_to_get_one(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli.mpjax, "__file__", str(tmp_path / "site-packages" / "mpjax" / "__init__.py"))
+    monkeypatch.setattr(target.mpjax, "__file__", str(tmp_path / "site-packages" / "mpjax" / "__init__.py"))
     monkeypatch.chdir(tmp_path)
     assert main(["train", "mlp_jax"]) == 2
     assert "git clone" in capsys.readouterr().err

@@ -1,0 +1,7 @@
+"""`python -m mpjax.cli`."""
+
+import sys
+
+from mpjax.cli import main
+
+sys.exit(main())
