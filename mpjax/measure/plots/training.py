@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mpjax.measure.plots.figure import COLOURS, GREY, LINES, MARKERS, handle, head, new_figure, plain, save
-
-Curves = Mapping[str, Any]
+from mpjax.measure.plots.curves import Curves, curve, draw_scale, scaled_runs, skipped_attempts, styles_of
+from mpjax.measure.plots.figure import MARKERS, handle, head, new_figure, plain, save
 
 
 def training_curves(
@@ -46,19 +45,18 @@ def training_curves(
     ...     training_curves({"float32": {"loss": [2.0, 1.0]}, "bfloat16": {"loss": [2.0, 1.1]}}, f"{folder}/a.png").name
     'a.png'
     """
-    loss, scale, held_out = (
-        {name: _curve(run, key, at) for name, run in runs.items() if len(run.get(key, ()))}
-        for key, at in (("loss", "attempt"), ("loss_scale", "attempt"), (metric, "eval_attempt"))
+    loss, held_out = (
+        {name: curve(run, key, at) for name, run in runs.items() if len(run.get(key, ()))}
+        for key, at in (("loss", "attempt"), (metric, "eval_attempt"))
     )
     reference = next(iter(runs), "")
     distance = {
         name: _distance(loss[name], loss[reference]) for name in loss if reference in loss and name != reference
     }
-    distance = {name: curve for name, curve in distance.items() if len(curve[0])}
-    skips = {name: _skips(run) for name, run in runs.items()}
-    scaled = {name: curve for name, curve in scale.items() if (curve[1] != 1).any() or len(skips[name])}
+    distance = {name: both for name, both in distance.items() if len(both[0])}
+    skips = {name: skipped_attempts(run) for name, run in runs.items()}
     panels = [(draw, curves) for draw, curves in (
-        (_draw_loss, loss), (_draw_distance, distance), (_draw_metric, held_out), (_draw_scale, scaled)
+        (_draw_loss, loss), (_draw_distance, distance), (_draw_metric, held_out), (draw_scale, scaled_runs(runs))
     ) if curves]  # fmt: skip
     if not panels:
         raise ValueError(
@@ -67,14 +65,7 @@ def training_curves(
         )
     columns = min(len(panels), 2)
     figure = new_figure(5.2 * columns + 0.4, 3.3 * -(-len(panels) // columns) + 0.9)
-    styles = {
-        name: {
-            "color": COLOURS[i % len(COLOURS)],
-            "linestyle": LINES[i % len(LINES)],
-            "linewidth": 1.5 if i else 3.0,  # the reference is seen below a curve that lies on it
-        }
-        for i, name in enumerate(runs)
-    }
+    styles = styles_of(runs)
     for i, (draw, curves) in enumerate(panels):
         axes = figure.add_subplot(-(-len(panels) // columns), columns, i + 1)
         plain(axes)
@@ -104,41 +95,10 @@ def _draw_metric(axes: Any, curves: Any, styles: Any, metric: str, **_: Any) -> 
     axes.set_ylabel(f"{metric} (%)" if percent else metric)
 
 
-def _draw_scale(axes: Any, curves: Any, styles: Any, skips: Any, **_: Any) -> None:
-    axes.set_yscale("log", base=2)
-    for name, (x, y) in curves.items():
-        axes.step(x, y, where="post", **styles[name])
-        at = np.isin(x, skips[name])
-        axes.plot(x[at], y[at], "x", color=styles[name]["color"], markersize=7, markeredgewidth=1.8)
-    if any(map(len, skips.values())):
-        mark = handle("skipped step", marker="x", linestyle="", color=GREY)
-        axes.legend(handles=[mark], frameon=False, fontsize=8, loc="best")
-    axes.margins(y=0.15)
-    axes.set_title("loss scale")
-    axes.set_ylabel("loss scale (log scale)")
-
-
-def _curve(run: Curves, key: str, at: str = "attempt") -> tuple[np.ndarray, np.ndarray]:
-    """Attempts and values of one curve."""
-    y = np.asarray(run[key], float)
-    x = np.asarray(run.get(at, range(len(y))))
-    if len(x) != len(y):
-        raise ValueError(f"got {len(y)} values of {key!r} for {len(x)} of {at!r}; legal is one each; drop or add some")
-    return x, y
-
-
 def _distance(curve: tuple[np.ndarray, np.ndarray], reference: tuple[np.ndarray, np.ndarray]) -> tuple:
     """|difference| at the attempts that both have."""
     shared, here, there = np.intersect1d(curve[0], reference[0], return_indices=True)
     return shared, np.abs(curve[1][here] - reference[1][there])
-
-
-def _skips(run: Curves) -> np.ndarray:
-    """The attempts that were skipped: where the total grew."""
-    if "skipped" not in run:
-        return np.array([], int)
-    x, total = _curve(run, "skipped")
-    return x[np.diff(total, prepend=0) > 0]
 
 
 def _noisy(axes: Any, curves: Any, styles: Any) -> None:
