@@ -11,6 +11,16 @@ COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E
 LINES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1.2)), (0, (6, 2, 1.5, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#666666"
+FORMAT_COLOURS = {
+    "float64": "#56B4E9",
+    "float32": "#444444",
+    "bfloat16": "#0072B2",
+    "float16": "#D55E00",
+    "float8_e4m3fn": "#009E73",
+    "float8_e5m2": "#CC79A7",
+}
+"""A format has the same colour in every picture. Another one has `OTHER_FORMAT`."""
+OTHER_FORMAT = "#E69F00"
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -42,10 +52,25 @@ def handle(label: str, **style: Any) -> Any:
     return Line2D([], [], label=label, **style)
 
 
+def shortened(name: str, length: int) -> str:
+    """A name of at most so many characters: what is too long loses its middle. Most of its end stays: that tells layers apart.
+
+    >>> shortened("encoder/layers/11/attention/query", 25), shortened("head", 25)
+    ('encode…11/attention/query', 'head')
+    """
+    if len(name) <= length:
+        return name
+    front = length // 4
+    return f"{name[:front]}…{name[front + 1 - length :]}"
+
+
 def head(figure: Any, title: str, handles: list[Any]) -> None:
-    """A title above and a legend below all panels."""
+    """A title above and a legend below all panels, in as many columns as the figure is wide enough for."""
     figure.suptitle(title, fontsize=12)
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9, handlelength=3.2)
+    longest = max((len(entry.get_label()) for entry in handles), default=0)
+    columns = int(figure.get_figwidth() / (0.075 * longest + 0.8))  # inches of a character, and of line and gap
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(max(columns, 1), 4), frameon=False,
+                  fontsize=9, handlelength=3.2)  # fmt: skip
 
 
 def save(figure: Any, path: str | Path) -> Path:
