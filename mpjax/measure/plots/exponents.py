@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -205,7 +204,10 @@ def _exponents(histogram: Histogram) -> dict[int, Any]:
 def _names(layers: Sequence[str]) -> tuple[str, list[str]]:
     """The path that all layers share, where that makes long names shorter, and what they are called within it."""
     split = [layer.split("/") for layer in layers]
-    shared = len(os.path.commonprefix([parts[:-1] for parts in split])) if max(map(len, layers)) > NAME_LENGTH else 0
+    shared = 0
+    if max(map(len, layers)) > NAME_LENGTH:
+        levels = enumerate(zip(*(parts[:-1] for parts in split), strict=False))  # as deep as the shallowest goes
+        shared = next((i for i, level in levels if len(set(level)) > 1), min(map(len, split)) - 1)
     names = [shortened("/".join(parts[shared:]) or "·", NAME_LENGTH) for parts in split]
     return "/".join(split[0][:shared]), names
 
