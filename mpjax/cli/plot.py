@@ -74,7 +74,8 @@ def _draw(runs: Mapping[str, Recorded], out: Path, attempt: int | None) -> list[
     shown = "loss (held out)" if metric == "loss" else metric.replace("_", " ")
     curves = {name: _curves(recorded, metric, shown) for name, recorded in runs.items()}
     if any(curve.get("loss") or curve.get(shown) for curve in curves.values()):
-        written.append(training_curves(curves, out / "curves.png", metric=shown))
+        of = next(iter(runs)) if len(runs) == 1 else "several precision policies"
+        written.append(training_curves(curves, out / "curves.png", metric=shown, title=f"Training under {of}"))
     if scaled_runs(curves):
         written.append(loss_scale_history(curves, out / "loss_scale.png"))
     for name, probed in probes.items():

@@ -53,7 +53,9 @@ def read_runs(folder: str | Path) -> dict[str, Recorded]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise NotADirectoryError(f"got {str(folder)!r}; legal is a run folder: give one that an experiment wrote")
+        raise NotADirectoryError(
+            f"got {str(folder)!r}, which is no folder; legal is one that an experiment wrote: give its path"
+        )
     if _is_run(folder):
         return {folder.resolve().name: _read(folder)}
     policies = _policies(folder / "config.json")
