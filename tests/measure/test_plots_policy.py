@@ -89,6 +89,22 @@ def test_a_table_is_drawn_as_it_is_and_written(tmp_path):
     assert data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 5_000
 
 
+@pytest.mark.parametrize("flops", [None, {"head": 1}])
+def test_all_words_have_room(flops, figures):
+    note = "rounded at 'layers': name it with output= too, and more words"
+    long = Row(
+        "layers/0/attention/query", "MultiHeadDotProductAttention", f"'{'**/query' * 9}'", F32, F16, "full", note
+    )
+    policy_by_layer([*ROWS, long], "x.png", flops=flops)
+    figure = figures[0]
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    edges = [text.get_window_extent() for text in (*axes.texts, *axes.get_yticklabels())]
+    assert min(box.x0 for box in edges) >= 0 and max(box.x1 for box in edges) <= figure.bbox.x1
+    assert axes.bbox.width > 250  # pixels for the bars
+    assert max(text.get_window_extent().x1 for text in axes.get_yticklabels()) < axes.bbox.x0
+
+
 def test_nothing_to_draw_and_flops_of_another_model_say_so():
     with pytest.raises(ValueError, match=r"got a table without rows; legal is one row or more; give what model.table"):
         policy_by_layer([], "x.png")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mpjax.core.dtypes import short_name
 from mpjax.measure.plots.figure import (
@@ -20,8 +21,15 @@ from mpjax.measure.plots.figure import (
 from mpjax.policy.resolution import Row, Table
 
 HEIGHT = 0.22  # inches of a row
-NAME_LENGTH, CLASS_LENGTH, RULE_LENGTH, NOTE_LENGTH = 30, 24, 34, 44
-COLUMNS = {"params": 14, "hands back": 58, "rule": 122}  # points right of the bars
+NAME_LENGTH, CLASS_LENGTH, RULE_LENGTH, NOTE_LENGTH = 30, 24, 34, 60
+CHARACTER = 4.8  # points, on an average
+COLUMNS = {"params": 14, "hands back": 58, "rule": 126}  # points right of the bars
+SMALL: dict[str, Any] = {
+    "va": "center_baseline",
+    "fontsize": 8,
+    "annotation_clip": False,
+    "textcoords": "offset points",
+}
 
 
 def policy_by_layer(
@@ -61,36 +69,45 @@ def policy_by_layer(
     if not rows:
         raise ValueError("got a table without rows; legal is one row or more; give what model.table(sample) returns")
     lengths = [1.0] * len(rows) if flops is None else _percent_of_flops([row.path for row in rows], flops)
-    figure = new_figure(9.4 if flops is None else 12, HEIGHT * (len(rows) + 1) + 1.6)
+    names = _tree([row.path for row in rows], [row.cls for row in rows])
+    whys = [
+        shortened(row.rule, RULE_LENGTH) + (f"  ({shortened(row.note, NOTE_LENGTH)})" if row.note else "")
+        for row in rows
+    ]
+    left, right = (CHARACTER * max(map(len, words)) for words in (names, whys))
+    width = (left + COLUMNS["rule"] + right) / 72 + (3.0 if flops is None else 5.5)
+    figure = new_figure(max(width, 7), HEIGHT * (len(rows) + 1) + 1.6)
     axes = figure.add_subplot()
     plain(axes)
     axes.grid(visible=False, axis="both" if flops is None else "y")
     axes.spines["left"].set_visible(False)
+    axes.set_yticks(range(len(rows)), names, ha="left")
+    axes.tick_params(axis="y", length=0, pad=left)
     colours = {row.compute.name: FORMAT_COLOURS.get(row.compute.name, OTHER_FORMAT) for row in rows}
     axes.barh(range(len(rows)), lengths, 0.74, color=[colours[row.compute.name] for row in rows])
-    tab = 0 if flops is None else -0.02 * max(lengths)  # left of the bars, for modules that have none
-    axes.set(ylim=(len(rows) - 0.4, -1.3), xlim=(tab, max(lengths) * (1 if flops is None else 1.15)))
-    small = {"va": "center_baseline", "fontsize": 8, "annotation_clip": False, "textcoords": "offset points"}
-    for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        if flops is None:
-            axes.text(0.5, i, row.compute.name, ha="center", va="center_baseline", fontsize=7.5, color="white")
-        else:
-            axes.barh(i, tab, 0.74, color=colours[row.compute.name])
-            axes.annotate(f"{length:.1f}%" if length else "", (length, i), xytext=(4, 0), **small)
-        note = f"  ({shortened(row.note, NOTE_LENGTH)})" if row.note else ""
-        cells = (short_name(row.param), row.hands_back, shortened(row.rule, RULE_LENGTH) + note)
-        for at, cell in zip(COLUMNS.values(), cells, strict=True):
-            axes.annotate(cell, (1, i), xycoords=axes.get_yaxis_transform(), xytext=(at, 0), **small)
-    for name, at in COLUMNS.items():
-        axes.annotate(name, (1, -0.95), xycoords=axes.get_yaxis_transform(), xytext=(at, 0), color=GREY, **small)
-    axes.set_yticks(range(len(rows)), _tree([row.path for row in rows], [row.cls for row in rows]), ha="left")
-    axes.tick_params(axis="y", length=0, pad=6.2 * max(len(t.get_text()) for t in axes.get_yticklabels()) * 0.8)
     if flops is None:
-        axes.set_xticks([])
+        axes.set(xlim=(0, 1), xticks=[])
         axes.spines["bottom"].set_visible(False)
+        for i, row in enumerate(rows):
+            axes.text(0.5, i, row.compute.name, ha="center", va="center_baseline", fontsize=7.5, color="white")
     else:
+        tab = -0.02 * max(lengths)  # left of the bars: a module without products shows its colour, too
+        axes.barh(range(len(rows)), tab, 0.74, color=[colours[row.compute.name] for row in rows])
         axes.axvline(0, color="white", linewidth=2)
-        axes.set_xlabel("share of the FLOPs of all products (%)")
+        axes.set(xlim=(tab, 1.15 * max(lengths)), xlabel="share of the FLOPs of all products (%)")
+        for i, length in enumerate(lengths):
+            axes.annotate(f"{length:.1f}%" if length else "", (length, i), xytext=(4, 0), **SMALL)
+    axes.set_ylim(len(rows) - 0.4, -1.3)
+    cells = {
+        "params": [short_name(row.param) for row in rows],
+        "hands back": [row.hands_back for row in rows],
+        "rule": whys,
+    }
+    for name, at in COLUMNS.items():
+        place = {"xycoords": axes.get_yaxis_transform(), "xytext": (at, 0), **SMALL}
+        axes.annotate(name, (1, -0.95), color=GREY, **place)
+        for i, cell in enumerate(cells[name]):
+            axes.annotate(cell, (1, i), **place)
     head(figure, title, [handle(f"computes in {name}", color=colour, linewidth=6) for name, colour in colours.items()])
     return save(figure, path)
 
