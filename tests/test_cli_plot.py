@@ -96,7 +96,7 @@ def test_one_policys_folder_and_one_with_probes_alone(run, drawn, tmp_path, caps
 
 
 @pytest.mark.parametrize(
-    ("evals", "shown"), [({"loss": 1.0, "accuracy": 0.5}, "accuracy"), ({"loss": 1.0}, "loss (held out)")]
+    ("evals", "shown"), [({"loss": 1.0, "top_5": 0.9, "accuracy": 0.5}, "accuracy"), ({"loss": 1.0}, "loss (held out)")]
 )
 def test_the_held_out_metric_is_accuracy_where_there_is_one(evals, shown, drawn, tmp_path):
     step = {"attempt": 0, "step": {"loss": 2.0}}
