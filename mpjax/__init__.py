@@ -30,6 +30,9 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "core.model": ("Model",),
     "core.tree": ("all_finite", "cast_floating", "select_tree"),
     "measure.audit": ("audit",),
+    "measure.culprit": ("Culprit", "CulpritHook", "diagnose"),
+    "measure.probe": ("ProbeLog", "probe"),
+    "measure.readings": ("ProbeReport",),
     "numerics.loss_scale": (
         "DynamicLossScale",
         "LossScale",
@@ -38,6 +41,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "dynamic_loss_scale",
         "static_loss_scale",
     ),
+    "numerics.probe": ("tap",),
     "numerics.scaled_grad": ("scaled_value_and_grad",),
     "policy.hardware": ("hardware_half", "recommend"),
     "policy.policy": ("Policy", "cast_to_full", "cast_to_half", "get_policy"),
@@ -73,6 +77,9 @@ if TYPE_CHECKING:
         select_tree as select_tree,
     )
     from mpjax.measure.audit import audit as audit
+    from mpjax.measure.culprit import Culprit as Culprit, CulpritHook as CulpritHook, diagnose as diagnose
+    from mpjax.measure.probe import ProbeLog as ProbeLog, probe as probe
+    from mpjax.measure.readings import ProbeReport as ProbeReport
     from mpjax.numerics import losses as losses
     from mpjax.numerics.loss_scale import (
         DynamicLossScale as DynamicLossScale,
@@ -82,6 +89,7 @@ if TYPE_CHECKING:
         dynamic_loss_scale as dynamic_loss_scale,
         static_loss_scale as static_loss_scale,
     )
+    from mpjax.numerics.probe import tap as tap
     from mpjax.numerics.scaled_grad import scaled_value_and_grad as scaled_value_and_grad
     from mpjax.policy.hardware import hardware_half as hardware_half, recommend as recommend
     from mpjax.policy.policy import (

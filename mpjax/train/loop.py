@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 
+from mpjax.core.model import SINKS
 from mpjax.core.types import Batch
 from mpjax.train.evaluate import EvalStep, evaluate
+from mpjax.train.interrupt import Held
 
 logger = logging.getLogger("mpjax")
 
@@ -47,6 +47,12 @@ class Hook:
 
     def on_eval(self, attempt: int, metrics: dict[str, float]) -> None:
         """The means of an evaluation after this many attempts."""
+
+    def on_probe(self, attempt: int, metrics: dict[str, float], found: dict[str, Any]) -> None:
+        """After `on_step` of a probed attempt: what came back for the reserved collection, as numpy arrays."""
+
+    def on_nonfinite(self, attempt: int, metrics: dict[str, float], step: Any, state: Any, batch: Batch) -> str | None:
+        """Too many skips in a row are about to stop the run: what this returns goes into the error's message."""
 
     def on_end(self, result: FitResult) -> None:
         """Once, however the run ended; also after an error."""
@@ -168,8 +174,10 @@ def fit(
             result.history.append({"attempt": attempt, **scalars})
             for hook in hooks:
                 hook.on_step(attempt, scalars)
+                if SINKS in metrics:
+                    hook.on_probe(attempt, scalars, jax.device_get(metrics[SINKS]))
             if scalars.get("skipped_in_a_row", 0) >= max_consecutive_skips:
-                error = NonFiniteError(_why(step, result.state, batch, scalars))
+                error = NonFiniteError(_why(step, result.state, batch, scalars, hooks, attempt))
                 error.result = result
                 raise error
 
@@ -189,7 +197,7 @@ def fit(
 
     try:
         for attempt, batch in _numbered(batches, first, attempts):
-            with _Held():
+            with Held():
                 result.state, metrics = step(result.state, batch)
                 waiting.append((attempt, metrics, batch))
                 clock.steps += attempt > first
@@ -227,29 +235,6 @@ def fit(
     return result
 
 
-class _Held:
-    """Ctrl-C waits until the block is left.
-
-    Thrown in between a dispatch and its assignment, it would lose the state that takes the donated one's place.
-    """
-
-    def __enter__(self) -> None:
-        self.came = False
-        # Only the main thread may set handlers; None is a handler that is not Python's.
-        self.before = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self._note)
-
-    def _note(self, *_: Any) -> None:
-        self.came = True
-
-    def __exit__(self, *_: Any) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
-        if self.came:
-            signal.raise_signal(signal.SIGINT)
-
-
 def _attempts(state: Any) -> int:
     """Applied and skipped steps; read explicitly, as a transfer guard wants it."""
     return sum(int(x) for x in jax.device_get((state.step, state.skipped)))
@@ -280,8 +265,9 @@ def _note_best(result: FitResult, best: str, found: dict[str, float], done: int)
         result.best = (found[name], done)
 
 
-def _why(step: Any, state: Any, batch: Batch, scalars: dict[str, float]) -> str:
+def _why(step: Any, state: Any, batch: Batch, scalars: dict[str, float], hooks: Sequence[Hook], attempt: int) -> str:
     with jax.transfer_guard_device_to_host("allow"):  # the run is over
+        said = [words for hook in hooks if (words := hook.on_nonfinite(attempt, scalars, step, state, batch))]
         leaf = step.nonfinite_leaf(state, batch) if hasattr(step, "nonfinite_leaf") else "not known to this step"
         applied = int(state.step)
     where = (
@@ -289,6 +275,6 @@ def _why(step: Any, state: Any, batch: Batch, scalars: dict[str, float]) -> str:
     )
     return (
         f"{scalars['skipped_in_a_row']:.0f} steps in a row were not finite, at step {applied}, loss scale "
-        f"{scalars['loss_scale']:g}; {where}; params are those of step {applied}: look for bad data, a lower "
+        f"{scalars['loss_scale']:g}; {'; '.join((where, *said))}; params are those of step {applied}: look for bad data, a lower "
         "learning rate, or float32 for that module"
     )

@@ -184,10 +184,8 @@ class TrainStep:
                 "use skip='nonfinite' or a static_loss_scale"
             )
         trained, frozen = split_trainable(state.params, state.trainable)
-        found = self._gather(state, trained, frozen, batch)
-        grads = state.loss_scale.unscale(found.grads)
-        norm = optax.tree.norm(grads)
-        new = self._update(state, trained, found, self._clip(grads, norm))
+        found = self.gathered(state, batch)
+        new, norm = self.candidate(state, found)
         finite = jnp.isfinite(norm) & jnp.isfinite(found.loss) & found.mstate_finite & all_finite(new.params)
         weightless = jnp.array(False) if found.weight is None else found.weight == 0
         if self.skip == "off":
@@ -211,13 +209,22 @@ class TrainStep:
         )
         return after, _metrics(state, after, found, norm)
 
-    def _gather(self, state: TrainState, trained: Params, frozen: Params, batch: Batch) -> Gathered:
+    def gathered(self, state: TrainState, batch: Batch) -> Gathered:
+        """The first half of `pure`: loss, scaled gradients and new mstate of a batch, before anything is decided."""
+        trained, frozen = split_trainable(state.params, state.trainable)
         rng = jax.random.fold_in(state.rng, state.attempt)
         given = (self.loss_fn, trained, frozen, state.mstate, batch, rng, state.loss_scale, self.accumulate)
         if self.mesh is None:
             return gather(*given)
         check_rows(batch, self.mesh, self.axis, self.accumulate)
         return gather_apart(self.mesh, self.axis, *given) if self.reduce_apart else gather(*given)
+
+    def candidate(self, state: TrainState, found: Gathered) -> tuple[Changed, jax.Array]:
+        """The second half: what a good step would store, of the trained params, and the norm of the unscaled gradients."""
+        grads = state.loss_scale.unscale(found.grads)
+        norm = optax.tree.norm(grads)
+        trained, _ = split_trainable(state.params, state.trainable)
+        return self._update(state, trained, found, self._clip(grads, norm)), norm
 
     def _clip(self, grads: Params, norm: jax.Array) -> Params:
         if self.clip_norm is None:
@@ -243,9 +250,8 @@ class TrainStep:
 
         It differentiates once more, updates nothing and leaves the state alive. The scale is the state's own.
         """
-        trained, frozen = split_trainable(state.params, state.trainable)
-        grads = jax.jit(lambda trained: self._gather(state, trained, frozen, batch).grads)(trained)
-        keyed = jax.tree_util.tree_flatten_with_path(grads)[0]
+        found = jax.jit(lambda params: self.gathered(dataclasses.replace(state, params=params), batch))(state.params)
+        keyed = jax.tree_util.tree_flatten_with_path(found.grads)[0]
         return next((path_of(keys) for keys, x in keyed if not bool(all_finite(x))), None)
 
 

@@ -14,6 +14,7 @@ from flax import linen as nn
 from mpjax.core.dtypes import is_float
 from mpjax.core.scopes import scope_name
 from mpjax.core.tree import cast_floating, cast_like
+from mpjax.numerics.probe import Sinks, probing, tap_tree
 from mpjax.policy.rules import PolicyMap, Resolution
 from mpjax.wrap.linen.layers import UPCASTING_NORMS, dressed, fields_for
 from mpjax.wrap.linen.sites import Sites, lifted_path, module_path, trace_key
@@ -25,9 +26,15 @@ class Frame:
 
     module: nn.Module
     path: str
+    method: str
     found: Resolution
     caller: Frame | None
     keys: contextlib.ExitStack
+
+    @property
+    def name(self) -> str:
+        """Under which a probe reports what this call returns."""
+        return self.path if self.method == "__call__" else f"{self.path}.{self.method}"
 
     @property
     def stream(self) -> np.dtype:
@@ -47,14 +54,17 @@ class Interceptor(contextlib.AbstractContextManager):
     that an id stays its own.)
     """
 
-    def __init__(self, rules: PolicyMap, sites: Sites):
+    def __init__(self, rules: PolicyMap, sites: Sites, sinks: Sinks = None):
         self.rules = rules
+        self.sinks = sinks
         self.classes = dict(sites.classes)
         self.sites = sites
         self.may_carry = {path for path, transforms in sites.lifted.items() if transforms & {"Scan", "method"}}
         self.frames: list[Frame] = []
         self.deliberate: dict[int, jax.Array] = {}
         self.keys = contextlib.ExitStack()
+        if sinks is not None:
+            self.keys.enter_context(probing(object()))
 
     def __exit__(self, *error: Any) -> None:
         self.keys.close()
@@ -82,7 +92,7 @@ class Interceptor(contextlib.AbstractContextManager):
         if caller is not None and caller.path == path:  # a helper method of the module that is running: its own affair
             return next_fun(*args, **kwargs)
         with jax.named_scope(scope_name(path)):
-            return self._run(next_fun, args, kwargs, Frame(module, path, found, caller, contextlib.ExitStack()))
+            return self._run(next_fun, args, kwargs, Frame(module, path, method, found, caller, contextlib.ExitStack()))
 
     def _run(self, next_fun: Callable, args: tuple, kwargs: dict, frame: Frame) -> Any:
         module = frame.module
@@ -95,6 +105,7 @@ class Interceptor(contextlib.AbstractContextManager):
                     out = next_fun(*args, **kwargs)
             finally:
                 self.frames.pop()
+        out = tap_tree(self.sinks, frame.name, out)
         if carry is not None and _returns_carry(out, carry):  # or the loop around this body does not type-check
             return (cast_like(out[0], carry), *self._hand_back(out[1:], frame))
         if isinstance(module, (nn.RNN, nn.Bidirectional)) and isinstance(out, tuple):  # (final carry, outputs)

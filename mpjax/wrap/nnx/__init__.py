@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mpjax.core.model import Model
+from mpjax.core.model import SINKS, Model
 from mpjax.core.tree import cast_by_path
 from mpjax.core.types import MState, Params
+from mpjax.numerics.probe import probing, sinks_in
 from mpjax.policy.resolution import Table, resolution_table
 from mpjax.policy.rules import PolicyMap
 from mpjax.wrap.arguments import call_arguments
-from mpjax.wrap.nnx.calls import SITE, bordered, read_in_stream, running
+from mpjax.wrap.nnx.calls import SITE, bordered, probed_by, read_in_stream, running
 from mpjax.wrap.nnx.layers import attributes_for
 from mpjax.wrap.nnx.leaves import Leaves
 from mpjax.wrap.nnx.sites import Graph, Site, plan_sites, read_graph
@@ -50,16 +51,21 @@ def wrap_nnx(source: nnx.Module | Callable[..., nnx.Module], rules: PolicyMap) -
 
     def apply(params: Params, mstate: MState, *args: Any, rng: jax.Array | None = None, **kwargs: Any) -> Any:
         method, kwargs, train = call_arguments(classes[""], kwargs)
+        sunk, sinks = {name: mstate[name] for name in mstate if name == SINKS}, sinks_in(mstate)
+        mstate = {name: mstate[name] for name in mstate if name != SINKS}
         streams = mstate if rng is None else leaves.reseeded(mstate, rng)
         module = leaves.merge(instrumented, params, streams)
         if train is not None:
             module.train() if train else module.eval()
-        token = running.set(None)  # one wrapped model may run inside another
+        call = getattr(module, method if isinstance(method, str) else method.__name__)
+        token = running.set(None), probed_by.set(sinks)  # one wrapped model may run inside another
         try:
-            out = getattr(module, method if isinstance(method, str) else method.__name__)(*args, **kwargs)
+            with probing(None if sinks is None else object()):
+                out = call(*args, **kwargs)
         finally:
-            running.reset(token)
-        return out, leaves.updated(module, mstate, keep_rngs=rng is not None)
+            running.reset(token[0])
+            probed_by.reset(token[1])
+        return out, leaves.updated(module, mstate, keep_rngs=rng is not None) | sunk
 
     def table(*args: Any, **kwargs: Any) -> Table:
         return resolution_table(rules, classes)

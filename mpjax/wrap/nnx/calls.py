@@ -14,10 +14,13 @@ from flax.nnx.nn.recurrent import RNNCellBase
 
 from mpjax.core.scopes import scope_name
 from mpjax.core.tree import cast_floating, cast_like
+from mpjax.numerics.probe import Sinks, tap_tree
 from mpjax.wrap.nnx.layers import UPCASTING_NORMS
 from mpjax.wrap.nnx.sites import Site
 
 running: contextvars.ContextVar[Site | None] = contextvars.ContextVar("site of the module that runs", default=None)
+
+probed_by: contextvars.ContextVar[Sinks] = contextvars.ContextVar("sinks of the model that runs", default=None)
 
 SITE = "_mpjax_site"
 """The attribute in which a module of the instrumented copy keeps its `Site`."""
@@ -41,11 +44,11 @@ def bordered(cls: Any) -> type:
         if isinstance(attribute, (type, staticmethod, classmethod)) or not method:
             continue
         if name == "__call__" or not (name.startswith("_") or name in base):
-            methods[name] = _crossing(attribute)
+            methods[name] = _crossing(name, attribute)
     return _subclass(cls, methods, pytree=getattr(cls, "_pytree__is_pytree", False)) if methods else cls
 
 
-def _crossing(method: Any) -> Callable:
+def _crossing(name: str, method: Any) -> Callable:
     """`method`, converting if it is entered from another module."""
 
     @functools.wraps(method)
@@ -58,16 +61,16 @@ def _crossing(method: Any) -> Callable:
         token = running.set(site)
         try:
             with jax.named_scope(scope_name(site.path)):
-                return _run(self, run, args, kwargs, site)
+                return _run(self, run, args, kwargs, site, site.path if name == "__call__" else f"{site.path}.{name}")
         finally:
             running.reset(token)
 
     return call
 
 
-def _run(module: nnx.Module, method: Callable, args: tuple, kwargs: dict, site: Site) -> Any:
+def _run(module: nnx.Module, method: Callable, args: tuple, kwargs: dict, site: Site, name: str) -> Any:
     args, kwargs, carry = _enter(module, args, kwargs, site)
-    out = method(*args, **kwargs)
+    out = tap_tree(probed_by.get(), name, method(*args, **kwargs))
     if carry is not None:  # or the loop around this cell does not type-check
         return (cast_like(out[0], carry), *_hand_back(out[1:], site))
     if isinstance(module, (nnx.RNN, nnx.Bidirectional)) and isinstance(out, tuple):  # (final carry, outputs)
