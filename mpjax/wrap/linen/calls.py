@@ -143,11 +143,12 @@ class Interceptor(contextlib.AbstractContextManager):
         return jax.tree.map(convert, out)
 
     def _subtree(self, path: str, caller: Frame | None) -> Any:
-        """All that a trace of this module depends on: two modules with the same one may share a trace."""
+        """All that a trace of this module depends on: two modules with the same one may share a trace (but no sinks)."""
         below = [p for p in self.sites.classes if p == path or p.startswith(path + "/") or not path]
         table = tuple((p[len(path) :], self.rules.resolve(p, self.classes), p in self.may_carry) for p in below)
         border = None if caller is None else (caller.stream, caller.found.source)
-        return (border, self.rules.default.output_dtype, table)
+        own = None if self.sinks is None else path
+        return (own, border, self.rules.default.output_dtype, table)
 
 
 def _returns_carry(out: Any, carry: Any) -> bool:
