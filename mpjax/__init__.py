@@ -30,6 +30,10 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "core.model": ("Model",),
     "core.tree": ("all_finite", "cast_floating", "select_tree"),
     "measure.audit": ("audit",),
+    "measure.doctor": ("doctor",),
+    "measure.memory": ("memory_by_role",),
+    "measure.rates": ("product_rates",),
+    "measure.throughput": ("time_step",),
     "numerics.loss_scale": (
         "DynamicLossScale",
         "LossScale",
@@ -73,6 +77,10 @@ if TYPE_CHECKING:
         select_tree as select_tree,
     )
     from mpjax.measure.audit import audit as audit
+    from mpjax.measure.doctor import doctor as doctor
+    from mpjax.measure.memory import memory_by_role as memory_by_role
+    from mpjax.measure.rates import product_rates as product_rates
+    from mpjax.measure.throughput import time_step as time_step
     from mpjax.numerics import losses as losses
     from mpjax.numerics.loss_scale import (
         DynamicLossScale as DynamicLossScale,

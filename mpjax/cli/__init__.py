@@ -9,11 +9,19 @@ from typing import Any
 import tyro
 
 import mpjax
+from mpjax.cli.doctor import doctor
+from mpjax.cli.inspection import inspect
 from mpjax.cli.tables import hardware, policy
 from mpjax.cli.target import Refused
 from mpjax.cli.train import train
 
-COMMANDS: dict[str, Callable[..., Any]] = {"policy": policy, "hardware": hardware, "train": train}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "doctor": doctor,
+    "inspect": inspect,
+    "policy": policy,
+    "hardware": hardware,
+    "train": train,
+}
 """From the name of a command to the function that runs it and returns its exit code."""
 
 
