@@ -33,6 +33,10 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "measure.culprit": ("Culprit", "CulpritHook", "diagnose"),
     "measure.probe": ("ProbeLog", "probe"),
     "measure.readings": ("ProbeReport",),
+    "measure.doctor": ("doctor",),
+    "measure.memory": ("memory_by_role",),
+    "measure.rates": ("product_rates",),
+    "measure.throughput": ("time_step",),
     "numerics.loss_scale": (
         "DynamicLossScale",
         "LossScale",
@@ -78,8 +82,12 @@ if TYPE_CHECKING:
     )
     from mpjax.measure.audit import audit as audit
     from mpjax.measure.culprit import Culprit as Culprit, CulpritHook as CulpritHook, diagnose as diagnose
+    from mpjax.measure.doctor import doctor as doctor
+    from mpjax.measure.memory import memory_by_role as memory_by_role
     from mpjax.measure.probe import ProbeLog as ProbeLog, probe as probe
+    from mpjax.measure.rates import product_rates as product_rates
     from mpjax.measure.readings import ProbeReport as ProbeReport
+    from mpjax.measure.throughput import time_step as time_step
     from mpjax.numerics import losses as losses
     from mpjax.numerics.loss_scale import (
         DynamicLossScale as DynamicLossScale,

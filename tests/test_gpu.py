@@ -65,6 +65,13 @@ def test_products_reach_cublas_in_the_compute_dtype(policy, name, door):
     assert products and operands == {name}
 
 
+def test_the_doctor_finds_every_native_product_right():
+    """Which formats are native, and how far off each may be, say the table and `product_rates`."""
+    found = mpjax.doctor(1024)
+    native = [rate for rate in found.rates if found.says(rate.format) == "native"]
+    assert native and [rate.format for rate in native if not rate.right] == [], found.warnings
+
+
 @both_doors
 def test_float16_and_bfloat16_train_to_where_float32_does(door):
     """Ten steps of the same job: the loss falls alike, to the roundings of eight bits."""

@@ -9,12 +9,21 @@ from typing import Any
 import tyro
 
 import mpjax
+from mpjax.cli.doctor import doctor
+from mpjax.cli.inspection import inspect
 from mpjax.cli.plot import plot
 from mpjax.cli.tables import hardware, policy
 from mpjax.cli.target import Refused
 from mpjax.cli.train import train
 
-COMMANDS: dict[str, Callable[..., Any]] = {"policy": policy, "hardware": hardware, "train": train, "plot": plot}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "doctor": doctor,
+    "inspect": inspect,
+    "policy": policy,
+    "hardware": hardware,
+    "train": train,
+    "plot": plot,
+}
 """From the name of a command to the function that runs it and returns its exit code."""
 
 

@@ -27,7 +27,12 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
 
 def print_json(value: Any) -> None:
     """One JSON value on stdout. What JSON has no word for (NaN, an infinity, a dtype, a path) is written as text."""
-    print(json.dumps(_plain(value), indent=2, allow_nan=False))
+    print(as_text(value))
+
+
+def as_text(value: Any) -> str:
+    """The JSON that `print_json` prints."""
+    return json.dumps(_plain(value), indent=2, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:
