@@ -30,6 +30,8 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "core.model": ("Model",),
     "core.tree": ("all_finite", "cast_floating", "select_tree"),
     "measure.audit": ("audit",),
+    "measure.equivalence": ("Equivalence", "equivalence"),
+    "measure.parity": ("Parity", "parity"),
     "numerics.loss_scale": (
         "DynamicLossScale",
         "LossScale",
@@ -73,6 +75,8 @@ if TYPE_CHECKING:
         select_tree as select_tree,
     )
     from mpjax.measure.audit import audit as audit
+    from mpjax.measure.equivalence import Equivalence as Equivalence, equivalence as equivalence
+    from mpjax.measure.parity import Parity as Parity, parity as parity
     from mpjax.numerics import losses as losses
     from mpjax.numerics.loss_scale import (
         DynamicLossScale as DynamicLossScale,
