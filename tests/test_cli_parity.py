@@ -24,6 +24,8 @@ def job(policy, seed, fault="none"):
         return x @ params["w"], mstate
 
     def loss(params, mstate, x, rng=None):
+        if fault == "mistake":
+            raise ValueError("a mistake in the loss")
         return jnp.square(apply(params, mstate, x)[0] - 1).mean() * (jnp.nan if bad and fault == "nan" else 1.0)
 
     model = mpjax.Model(lambda rng, x: ({"w": jnp.full(2, 0.25)}, {}), apply, policy=mpjax.PolicyMap.of(policy))
@@ -45,8 +47,11 @@ def test_equivalent_exits_with_0_and_draws(target, tmp_path, capsys):
     argv = ["parity", target, "--policy", "bf16", "--margin", "0.1", "--seeds", "2", "--steps", "2"]
     assert main([*argv, "--plot", str(tmp_path / "folder" / "a.png"), "--metric=-error"]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith("error after 2 attempts, seeds 0, 1\n") and "equivalent: error differs by less" in shown
-    assert "float32" in shown.splitlines()[1] and "bf16" in shown.splitlines()[1]
+    assert (
+        shown.startswith("bf16 (candidate) against float32 (reference): error after 2 attempts\n")
+        and "equivalent: error differs by less" in shown
+    )
+    assert [line.split()[0] for line in shown.splitlines()[1:4]] == ["seed", "0", "1"]
     assert (tmp_path / "folder" / "a.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -85,7 +90,7 @@ def test_a_reference_that_diverges_exits_with_1_and_says_so(target, capsys):
         (["--policy", "bf17", "--margin", "0.1", "--steps", "1"], "Unknown dtype 'bf17'"),
         (["--policy", "bf16", "--margin", "0", "--steps", "1"], "margin=0.0; legal"),
         (["--policy", "bf16", "--margin", "1", "--steps", "0"], "attempts=0; legal"),
-        (["--policy", "bf16", "--margin", "1", "--steps", "1", "--seeds", "0"], "seeds=0; legal"),
+        (["--policy", "bf16", "--margin", "1", "--steps", "1", "--seeds", "0"], "--seeds 0; legal is at least 1"),
         (["--policy", "bf16", "--margin", "1", "--steps", "1", "--metric", "recall"], "legal are error, loss"),
         (["--policy", "bf16", "--margin", "1", "--steps", "1", "--set", "depth=1"], "does not take depth"),
     ],
@@ -94,6 +99,12 @@ def test_what_is_not_understood_exits_with_2(target, argv, said, capsys):
     assert main(["parity", target, *argv]) == 2
     shown = capsys.readouterr()
     assert shown.out == "" and said in shown.err and shown.err.startswith("mpjax parity: ")
+
+
+def test_a_mistake_in_the_job_keeps_its_traceback(target):
+    argv = ["parity", target, "--policy", "bf16", "--margin", "0.1", "--steps", "1", "--set", "fault=mistake"]
+    with pytest.raises(ValueError, match="a mistake in the loss"):
+        main(argv)
 
 
 @pytest.mark.parametrize("missing", [["--policy", "bf16"], ["--margin", "1"]])
@@ -117,11 +128,11 @@ def test_an_experiment_is_trained_for_the_steps_of_its_schedule(monkeypatch, cap
     monkeypatch.setattr(mlp_jax, "make_job", make_job)
     monkeypatch.setattr("mpjax.measure.parity.train_pair", train_pair)
     argv = ["parity", "mlp_jax", "--policy", "mixed_bfloat16", "--margin", "0.1", "--seeds", "2", "--steps", "3"]
-    assert main([*argv, "--set", "width=8", "--json"]) == 1
+    assert main([*argv, "--first-seed", "6", "--set", "width=8", "--json"]) == 1
     trained = {"attempts": 3, "metric": "accuracy", "step_options": {"clip_norm": 1.0}}
     assert seen == [
-        (0, 3, 8, "p=full,c=full,o=full"), (0, 3, 8, "p=full,c=bf16,o=full"), trained,
-        (1, 3, 8, "p=full,c=full,o=full"), (1, 3, 8, "p=full,c=bf16,o=full"), trained,
+        (6, 3, 8, "p=full,c=full,o=full"), (6, 3, 8, "p=full,c=bf16,o=full"), trained,
+        (7, 3, 8, "p=full,c=full,o=full"), (7, 3, 8, "p=full,c=bf16,o=full"), trained,
     ]  # fmt: skip
     told = json.loads(capsys.readouterr().out)
     assert (told["attempts"], told["metric"], told["verdict"], told["mean"]) == (3, "accuracy", "better", 0.25)

@@ -16,6 +16,7 @@ def parity(
     margin: float,
     reference: str = "float32",
     seeds: int = 5,
+    first_seed: int = 0,
     steps: int | None = None,
     metric: str | None = None,
     alpha: float = 0.05,
@@ -32,7 +33,8 @@ def parity(
       policy: the candidate: a preset, key=dtype pairs, or by_path for an experiment's own map.
       margin: the largest difference in the metric that would not matter, in its units (0.01 of accuracy is 1 point).
       reference: the policy to be like.
-      seeds: how many pairs: seeds 0, 1, ... Choose them and the margin before you look.
+      seeds: how many pairs. Choose their number and the margin before you look.
+      first_seed: of the first pair; those of the others follow it.
       steps: steps of each run; for an experiment its schedule becomes as long (default: its own). A function must be
         told here how long its job's schedule is.
       metric: of the job's eval_fn: accuracy is to grow; one to shrink is written with a dash, --metric=-loss. Default:
@@ -46,6 +48,7 @@ def parity(
     import logging
 
     import mpjax
+    from mpjax.measure.paired import NoComparisonError
 
     if steps is not None and ":" not in target:
         settings = (*settings, f"steps={steps}")
@@ -54,16 +57,19 @@ def parity(
     attempts = trained.steps if steps is None else steps
     if attempts is None:
         raise Refused(f"{target} does not say for how many steps its job trains; give --steps")
+    if seeds < 1:
+        raise Refused(f"got --seeds {seeds}; legal is at least 1; 5 is a beginning")
+    numbers = range(first_seed, first_seed + seeds)
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # on stderr, a line a run
     try:
         found = mpjax.parity(
-            make_job, trained.policies[1], reference=trained.policies[0], margin=margin, attempts=attempts, seeds=seeds,
+            make_job, trained.policies[1], reference=trained.policies[0], margin=margin, attempts=attempts, seeds=numbers,
             metric=metric, alpha=alpha, step_options=trained.step_options,
         )  # fmt: skip
     except mpjax.NonFiniteError as error:
         raise Refused(str(error), 1) from error
-    except ValueError as error:
-        raise error if isinstance(error, Refused) else Refused(str(error)) from error
+    except NoComparisonError as error:
+        raise Refused(str(error)) from error
     found = dataclasses.replace(found, reference=reference, candidate=policy)
     if plot is not None:
         from mpjax.measure.plots import parity_curves

@@ -21,6 +21,10 @@ from mpjax.train.seeds import seeds as seeds_of
 from mpjax.train.state import TrainState
 
 
+class NoComparisonError(ValueError):
+    """What was asked for cannot be compared; the message says why. Errors of the job's own functions are none of these."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """One training run.
@@ -53,7 +57,7 @@ class Pair:
 def train_pair(
     reference: Job, candidate: Job, seed: int, *, attempts: int, metric: str, step_options: Mapping[str, Any]
 ) -> Pair:
-    """Train both jobs from one seed.
+    """Train both jobs from one seed, the reference first; the candidate's state waits beside it in memory.
 
     Args:
       reference, candidate: the same job under two policies.
@@ -63,7 +67,7 @@ def train_pair(
       step_options: for `make_train_step`, the same for both.
 
     Raises:
-      ValueError: they are no pair: another init, other batches or other held-out data.
+      NoComparisonError: they are no pair: another init, other batches or other held-out data.
       NonFiniteError: the reference diverged; there is nothing to be like.
       KeyboardInterrupt: Ctrl-C.
     """
@@ -74,7 +78,7 @@ def train_pair(
         ("held-out data", lambda job: list(job.eval_batches)),
     ):
         if digest(which(reference)) != digest(which(candidate)):
-            raise ValueError(_unpaired(seed, f"the {name} of the two jobs differ"))
+            raise NoComparisonError(_unpaired(seed, f"the {name} of the two jobs differ"))
     fed: dict[int, bytes] = {}
 
     def note(attempt: int) -> Batch:
@@ -85,7 +89,7 @@ def train_pair(
     def check(attempt: int) -> Batch:
         batch = candidate.batches(attempt)
         if digest(batch) != fed[attempt]:
-            raise ValueError(_unpaired(seed, f"the batches of attempt {attempt} differ"))
+            raise NoComparisonError(_unpaired(seed, f"the batches of attempt {attempt} differ"))
         return batch
 
     first = _train(reference, states[0], note, attempts, metric, step_options)
@@ -129,21 +133,21 @@ def check_same_start(reference: Params, candidate: Params, seed: int) -> None:
     """Both begin with the same bytes; where their param dtypes differ, one leaf is the other rounded.
 
     Raises:
-      ValueError: they do not; the first leaf that differs is named.
+      NoComparisonError: they do not; the first leaf that differs is named.
     """
     ours, theirs = (
         {path_of(k): x for k, x in jax.tree_util.tree_flatten_with_path(t)[0]} for t in (reference, candidate)
     )
     if ours.keys() != theirs.keys():
         only = sorted(ours.keys() ^ theirs.keys())[0]
-        raise ValueError(_unpaired(seed, f"the param {only} is there under one policy only"))
+        raise NoComparisonError(_unpaired(seed, f"the param {only} is there under one policy only"))
     for path, x in ours.items():
         y = theirs[path]
         rounded = x.shape == y.shape and (
             digest(x.astype(y.dtype)) == digest(y) or digest(y.astype(x.dtype)) == digest(x)
         )
         if not rounded:
-            raise ValueError(_unpaired(seed, f"the initial params differ, first at {path}"))
+            raise NoComparisonError(_unpaired(seed, f"the initial params differ, first at {path}"))
 
 
 def digest(tree: PyTree) -> bytes:

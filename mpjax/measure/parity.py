@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from mpjax.measure.equivalence import MOST_SEEDS, Equivalence, equivalence
-from mpjax.measure.paired import Pair, train_pair
+from mpjax.measure.paired import NoComparisonError, Pair, train_pair
 from mpjax.policy.rules import PolicyMap
 from mpjax.train.job import Job
 from mpjax.train.seeds import seeds as seeds_of
@@ -48,10 +48,7 @@ class Parity:
     @property
     def verdict(self) -> str:
         """`"equivalent"`, `"worse"` or `"better"` (different, by the metric's direction), or `"undecided"`."""
-        if self.test.verdict != "different":
-            return self.test.verdict
-        better = self.test.mean < 0 if self.metric.startswith("-") else self.test.mean > 0
-        return "better" if better else "worse"  # also where a candidate diverged: NaN is not better
+        return self._side() if self.test.verdict == "different" else self.test.verdict
 
     @property
     def diverged(self) -> tuple[int, ...]:
@@ -64,6 +61,10 @@ class Parity:
         finals = [pair.reference.final for pair in self.pairs]
         return float(np.std(finals, ddof=1)) if len(finals) > 1 else math.nan
 
+    def _side(self) -> str:
+        better = self.test.mean < 0 if self.metric.startswith("-") else self.test.mean > 0
+        return "better" if better else "worse"  # also where a candidate diverged: NaN is not better
+
     def explain(self) -> str:
         """The verdict in a sentence, with the number of seeds that would do where there were too few."""
         test, name = self.test, self.metric.removeprefix("-")
@@ -72,7 +73,11 @@ class Parity:
         if test.verdict == "different":
             return f"different: {self.verdict}, {name} differs by more than {test.margin:g}"
         if test.verdict == "equivalent":
-            return f"equivalent: {name} differs by less than {test.margin:g}"
+            same = self.reference != self.candidate and all(
+                p.reference.losses == p.candidate.losses for p in self.pairs
+            )
+            doubt = "; but every loss is the same to the last bit: does the model use the policy?" if same else ""
+            return f"equivalent: {name} differs by less than {test.margin:g}{doubt}"
         if test.seeds == 1:
             return "undecided: one seed tells no spread; at least 2 seeds are needed"
         if test.seeds_needed is None:
@@ -80,9 +85,10 @@ class Parity:
                 f"undecided: no number of seeds up to {MOST_SEEDS} would do, since the mean lies too close to the margin "
                 f"for its spread; state another margin than {test.margin:g}, or lessen the spread"
             )
+        right = "equivalent" if abs(test.mean) < test.margin else self._side()
         return (
-            f"undecided with {test.seeds} seeds: about {test.seeds_needed} would do, if mean and spread stay as they are; "
-            f"run all {test.seeds_needed} anew with other seeds, for to add seeds and look again raises the error rates"
+            f"undecided with {test.seeds} seeds: about {test.seeds_needed} would do to show it {right}, if mean and spread "
+            "stay as they are; run them all anew with other seeds, for to add seeds and look again raises the error rates"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -97,17 +103,18 @@ class Parity:
 
     def __str__(self) -> str:
         name, test = self.metric.removeprefix("-"), self.test
-        width = max(len(self.reference), len(self.candidate), 10) + 2
-        lines = [f"{name} after {self.attempts} attempts, {_seeds([pair.seed for pair in self.pairs])}"]
-        lines.append(f"{'seed':<12}{self.reference:>{width}}{self.candidate:>{width}}{'difference':>{width}}")
+        lines = [
+            f"{self.candidate} (candidate) against {self.reference} (reference): {name} after {self.attempts} attempts"
+        ]
+        lines.append(f"{'seed':<12}" + "".join(f"{word:>12}" for word in ("reference", "candidate", "difference")))
         for pair in self.pairs:
             finals = (pair.reference.final, pair.candidate.final, pair.difference)
-            lines.append(f"{pair.seed:<12}" + "".join(f"{x:>{width}.4g}" for x in finals))
+            lines.append(f"{pair.seed:<12}" + "".join(f"{x:>12.4g}" for x in finals))
         share = f"{100 * (1 - 2 * test.alpha):g} % interval"
         low, high = test.interval
         lines.append(f"{'mean':<12}{test.mean:.3g}, {share} [{low:.3g}, {high:.3g}], margin ±{test.margin:g}")
         lines.append(
-            f"{'spread':<12}{self.spread:.3g} between seeds of {self.reference}, {test.sd:.3g} between differences"
+            f"{'spread':<12}{self.spread:.3g} between seeds of the reference, {test.sd:.3g} between differences"
         )
         lines.append(f"{'verdict':<12}{self.explain()}")
         return "\n".join(lines)
@@ -149,8 +156,8 @@ def parity(
       A `Parity`: finals and loss curves of each seed, interval, verdict, and the spread between the reference's seeds.
 
     Raises:
-      ValueError: before anything trains: a policy that is none, a setting that is not legal, a job without such a metric;
-        and runs that are no pair, since init or data differ.
+      NoComparisonError: a ValueError; before anything trains: a policy that is none, a setting that is not legal, a job
+        without such a metric; and runs that are no pair, since init or data differ.
       NonFiniteError: the reference itself diverged.
 
     >>> import jax.numpy as jnp, optax
@@ -164,15 +171,19 @@ def parity(
     >>> found.verdict, found.metric, [pair.difference for pair in found.pairs]
     ('equivalent', '-loss', [0.0, 0.0])
     """
-    names = _name(reference), _name(candidate)  # refuses what is no policy
-    chosen = _chosen_seeds(seeds)
+    try:  # what is not legal is refused now, not after hours of training
+        names = _name(reference), _name(candidate)
+        chosen = _chosen_seeds(seeds)
+        equivalence([0.0], margin, alpha)
+    except ValueError as error:
+        raise NoComparisonError(str(error)) from error
     if attempts < 1:
-        raise ValueError(f"got attempts={attempts!r}; legal is an int ≥ 1; give the steps that the job's schedule has")
-    equivalence([0.0], margin, alpha)  # refuses what is not legal before hours of training
+        raise NoComparisonError(f"got attempts={attempts!r}; legal is an int ≥ 1; give the steps of the job's schedule")
     pairs: list[Pair] = []
     for seed in chosen:
         jobs = make_job(reference, seed), make_job(candidate, seed)
         if not pairs:
+            _check_policies(jobs, reference, candidate)
             metric = _chosen_metric(jobs, metric)
         assert metric is not None
         pair = train_pair(
@@ -194,6 +205,16 @@ def _name(policy: Any) -> str:
     return f"{found.default} and {len(found.rules)} rules" if found.rules else str(found.default)
 
 
+def _check_policies(jobs: Sequence[Job], reference: Any, candidate: Any) -> None:
+    """A make_job that does not use its policy would find anything equivalent. A bare Model may not tell its own."""
+    told = [job.model.policy for job in jobs]
+    if None not in told and told[0] == told[1] and PolicyMap.of(reference) != PolicyMap.of(candidate):
+        raise NoComparisonError(
+            f"got the same policy in the models of both jobs, for {reference!r} and for {candidate!r}; legal is a make_job "
+            "whose model follows the policy that it is given: pass it on to mpjax.wrap"
+        )
+
+
 def _seeds(seeds: Sequence[int]) -> str:
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
@@ -212,7 +233,7 @@ def _chosen_metric(jobs: Sequence[Job], metric: str | None) -> str:
     found = []
     for job in jobs:
         if job.eval_fn is None or not len(job.eval_batches):
-            raise ValueError(
+            raise NoComparisonError(
                 "got a job without eval_fn or eval_batches; parity compares a held-out metric: give the job both"
             )
         state = jax.eval_shape(job.state, jax.random.key(0))
@@ -221,7 +242,7 @@ def _chosen_metric(jobs: Sequence[Job], metric: str | None) -> str:
     if metric is None:
         metric = next((m for m in ("accuracy", "-loss") if m.removeprefix("-") in legal), None)
     if metric is None or metric.removeprefix("-") not in legal:
-        raise ValueError(
+        raise NoComparisonError(
             f"got metric={metric!r}; legal are {', '.join(sorted(legal))}, or -NAME for one that is to shrink; name one"
         )
     return metric

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -175,6 +176,18 @@ def test_a_metric_that_is_not_there_is_refused_before_anything_trains(monkeypatc
         mpjax.parity(without, "bf16", margin=1.0, attempts=1)
 
 
+def test_a_job_that_does_not_use_its_policy_is_refused_where_it_tells():
+    with pytest.raises(ValueError, match=r"the same policy in the models of both jobs, for 'float32' and for 'bf16'"):
+        mpjax.parity(lambda policy, seed: make_job("float32", seed), "bf16", margin=1.0, attempts=1)
+
+
+def test_losses_that_are_the_same_to_the_last_bit_are_doubted():
+    pairs = (Pair(0, Run(0.9, (2.0,)), Run(0.9, (2.0,))), Pair(1, Run(0.9, (2.0,)), Run(0.9, (2.0,))))
+    found = mpjax.Parity("float32", "bf16", "accuracy", 1, pairs, equivalence([0.0, 0.0], 0.01))
+    assert found.explain().endswith("does the model use the policy?")
+    assert not dataclasses.replace(found, candidate="float32").explain().endswith("?")
+
+
 def by_hand(differences, metric="accuracy", margin=0.01, **names):
     pairs = tuple(Pair(i, Run(0.9, (2.0, 1.0 + i)), Run(0.9 + d, (2.0, 1.1 + i))) for i, d in enumerate(differences))
     test = equivalence([pair.difference for pair in pairs], margin)
@@ -185,8 +198,9 @@ def by_hand(differences, metric="accuracy", margin=0.01, **names):
     ("differences", "metric", "verdict", "said"),
     [
         ([0.0], "accuracy", "undecided", "at least 2 seeds are needed"),
-        ([0.02, 0.0, -0.02], "accuracy", "undecided", r"with 3 seeds: about 36 would do"),
+        ([0.02, 0.0, -0.02], "accuracy", "undecided", r"with 3 seeds: about 36 would do to show it equivalent"),
         ([0.0, 0.01, 0.02], "accuracy", "undecided", "no number of seeds up to 1000 would do"),
+        ([-0.02, -0.01, -0.03], "accuracy", "undecided", "would do to show it worse"),
         ([0.05, 0.051, 0.052], "accuracy", "better", "different: better, accuracy differs by more than 0.01"),
         ([0.05, 0.051, 0.052], "-loss", "worse", "different: worse, loss differs"),
         ([-0.05, -0.051, -0.052], "-loss", "better", "different: better, loss differs"),
@@ -244,7 +258,7 @@ def test_the_picture_shows_median_range_margin_interval_and_spread(figure):
     assert [t.get_text() for t in differences.get_yticklabels()] == [
         "seed 0", "seed 1", "seed 2", "mean, 90 % interval", "± sd of float32"
     ]  # fmt: skip
-    assert "margin ±1 (%)" in [text.get_text() for text in drawn.legends[0].get_texts()]
+    assert "margin ±1 %" in [text.get_text() for text in drawn.legends[0].get_texts()]
     assert drawn.get_suptitle() == "equivalent: accuracy differs by less than 0.01"
 
 

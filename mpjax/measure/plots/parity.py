@@ -46,10 +46,11 @@ def parity_curves(result: Parity, path: str | Path, *, title: str | None = None)
         plain(axes)
         draw(axes, result)
     unit, word = _unit(result)
+    margin = f"margin ±{unit * result.test.margin:g}{word}"
     handles = [
         handle(f"{result.reference} (reference)", color=COLOURS[0], linewidth=3.0),
         handle(result.candidate, color=COLOURS[1], linewidth=1.5, linestyle=LINES[1]),
-        handle(f"margin ±{unit * result.test.margin:g}{word}", color=BAND, linewidth=8, alpha=0.25),
+        handle(margin, color=BAND, linewidth=8, alpha=0.25),
     ]
     head(figure, title or result.explain().partition(";")[0], handles)
     return save(figure, path)
@@ -97,12 +98,12 @@ def _draw_differences(axes: Any, result: Parity) -> None:
     axes.set_ylim(seeds + 1.7, -0.7)
     axes.grid(axis="y", visible=False)
     axes.set_title(f"paired differences in {name}")
-    axes.set_xlabel(f"{result.candidate} − {result.reference}, {name}{word}")
+    axes.set_xlabel(f"candidate − reference, {name}" + (f" ({word.strip()})" if word else ""))
 
 
 def _unit(result: Parity) -> tuple[int, str]:
     """An accuracy is a fraction: its differences are shown in points of a hundred."""
-    return (100, " (%)") if result.metric == "accuracy" else (1, "")
+    return (100, " %") if result.metric == "accuracy" else (1, "")
 
 
 def _table(curves: list[tuple[float, ...]]) -> np.ndarray:
