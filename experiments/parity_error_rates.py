@@ -9,7 +9,7 @@ Looks      what becomes of the rate if one looks after 5 seeds, and where that i
 Needed     the seeds for a power of 0.8 by `decision_power`, and the power found at that number; and how often the number
            that an undecided run of 3 or 5 seeds names decides, when it is run anew. From so few seeds it is a guess.
 Error      of a rate p counted on n draws: √(p(1 − p)/n), at most 0.0016 (0.0007 at 5 %) for the default.
-Time       half a minute on 2 CPU cores.
+Time       under a minute on 2 CPU cores.
 Run        python -m experiments.parity_error_rates --draws=20000
 """
 

@@ -29,7 +29,7 @@ def make_job(policy, seed, *, planted=None):
 
     def init(rng, x):
         shift = 1e-3 if planted == "init" and candidate else 0.0
-        return found.cast_to_param({"w": 1.1 + 0.05 * jax.random.uniform(rng, (1,)) + shift}), {}
+        return found.cast_to_param({"w": 1.1 + jax.random.key_data(rng)[:1] % 50 / 1000 + shift}), {}
 
     def apply(params, mstate, x, rng=None):
         params, x = found.cast_to_compute((params, x))
