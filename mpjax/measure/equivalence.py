@@ -57,8 +57,8 @@ def equivalence(
 
     For normal differences a truth at or beyond the margin is called equivalent, and one at or within it different, at
     most alpha of the time. That holds for a number of pairs fixed beforehand: to look, add pairs and look again raises
-    both rates, and so does skew (experiments/records/2026-11-24-parity-error-rates counts them). Where the differences are exactly equal there is no spread, and their value alone decides; on the margin itself it
-    does not.
+    both rates, and so does skew (experiments/records/2026-11-24-parity-error-rates counts them). Where the differences are
+    exactly equal there is no spread, and their value alone decides; on the margin itself it does not.
 
     Args:
       differences: one number a pair, in the units of the margin.
