@@ -71,12 +71,12 @@ def parity(
     except NoComparisonError as error:
         raise Refused(str(error)) from error
     found = dataclasses.replace(found, reference=reference, candidate=policy)
-    if plot is not None:
-        from mpjax.measure.plots import parity_curves
-
-        parity_curves(found, plot)
     if as_json:
         print_json(found.as_dict())
     else:
         print(found)
+    if plot is not None:  # last: whatever is wrong with the file, hours of training have been told
+        from mpjax.measure.plots import parity_curves
+
+        parity_curves(found, plot)
     return 0 if found.verdict == "equivalent" else 1

@@ -96,7 +96,7 @@ def train_pair(
     if first.diverged:
         raise NonFiniteError(
             f"the reference diverged at seed {seed}: {first.diverged}; parity needs a reference that trains: lower the "
-            "learning rate, clip, or leave the seed out"
+            "learning rate, or clip; to leave the seed out would hide what happens"
         )
     return Pair(seed, first, _train(candidate, states[1], check, attempts, metric, step_options))
 
