@@ -64,6 +64,8 @@ def _draw_curves(axes: Any, result: Parity) -> None:
         axes.set_yscale("log")
         if shown.max() <= 1e3 and shown.min() >= 1e-3:
             axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}" if shown.max() < 5 * shown.min() else "")
+            axes.tick_params(which="both", labelsize=8.5)
     for table, colour, width, line in zip(tables, COLOURS, (3.0, 1.5), LINES, strict=False):
         x = np.flatnonzero(np.isfinite(table).any(0))
         columns = [table[np.isfinite(table[:, i]), i] for i in x]
