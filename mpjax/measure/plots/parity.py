@@ -19,7 +19,8 @@ def parity_curves(result: Parity, path: str | Path, *, title: str | None = None)
 
     Left: the median of the loss, and a band from the least to the largest, over the seeds; only what is finite counts.
     Right: a point a seed; the mean with its confidence interval; the margin as a green band; and beside it, in grey, the
-    standard deviation between the reference's own seeds, to both sides of zero. An x stands for a candidate that diverged.
+    standard deviation between the reference's own seeds, to both sides of zero. An x at the worse edge stands for a
+    candidate that diverged.
 
     Args:
       result: from `mpjax.parity`.
@@ -87,7 +88,9 @@ def _draw_differences(axes: Any, result: Parity) -> None:
     axes.axvspan(-unit * test.margin, unit * test.margin, color=BAND, alpha=0.2, linewidth=0)
     axes.axvline(0, color=GREY, linewidth=1)
     axes.plot(found[whole], rows[whole], "o", color=COLOURS[1], markersize=5)
-    axes.plot(np.zeros((~whole).sum()), rows[~whole], "x", color=COLOURS[2], markersize=8, markeredgewidth=2)
+    worst = np.full((~whole).sum(), 0.97 if result.metric.startswith("-") else 0.03)  # at the edge that is worse
+    style = {"color": COLOURS[2], "markersize": 8, "markeredgewidth": 2, "transform": axes.get_yaxis_transform()}
+    axes.plot(worst, rows[~whole], "x", **style)
     if math.isfinite(test.mean):
         axes.plot(unit * test.mean, seeds, "D", color=COLOURS[1], markersize=6)
     if all(map(math.isfinite, test.interval)):
