@@ -132,6 +132,7 @@ def compare(
     best: str = "accuracy",
     progress: bool = True,
     devices: int = 1,
+    probe_every: int = 0,
 ) -> list[dict[str, Any]]:
     """Train the same job under each policy, on the same seeds and data order, and show what differs.
 
@@ -141,6 +142,7 @@ def compare(
     Args:
       best: the metric of the evaluation that the table and the picture show: `"accuracy"` is to grow,
         `"-bits_per_byte"` to shrink.
+      probe_every: attempts between probes, each a line in `POLICY/probe.jsonl`; 0 for none.
       devices: how many share the rows of each batch; 0 for all there are.
 
     Returns:
@@ -171,6 +173,7 @@ def compare(
                 best,
                 progress,
                 mesh,
+                probe_every,
             )
         except KeyboardInterrupt:  # while it was compiled, or its row was made
             interrupted = f"{name}, outside its steps"
@@ -218,6 +221,7 @@ def train(
     best: str,
     progress: bool,
     mesh: jax.sharding.Mesh | None = None,
+    probe_every: int = 0,
 ) -> Trained:
     """One policy: compile, audit, train, evaluate.
 
@@ -232,7 +236,10 @@ def train(
     batch = job.batches(0)
     memory = step_memory(step.lower(state, batch).compile())
     shares = audit(step.pure, state, batch).flops_by_dtype()
-    hooks = [JsonlWriter(folder / "metrics.jsonl"), TensorBoardWriter(folder)]
+    hooks = [JsonlWriter(folder / "metrics.jsonl"), TensorBoardWriter(folder), mpjax.CulpritHook()]
+    if probe_every:
+        step = mpjax.probe(step, probe_every)
+        hooks.append(mpjax.ProbeLog(folder / "probe.jsonl"))
     if progress:
         hooks.append(ProgressBar(attempts, name))
     result = mpjax.fit(

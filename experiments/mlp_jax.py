@@ -78,10 +78,10 @@ def make_model(width: int, policy: mpjax.Policy) -> mpjax.Model:
     return mpjax.Model(init, apply, policy=policy, cast_params=policy.cast_to_compute)
 
 
-def make_job(config: Config, policy: mpjax.Policy) -> mpjax.Job:
+def make_job(config: Config, policy: mpjax.Policy | mpjax.PolicyMap) -> mpjax.Job:
     """The model, its loss, its optimizer and its data under one policy."""
     data = _data.digits(config.seed)
-    model = make_model(config.width, policy)
+    model = make_model(config.width, mpjax.PolicyMap.of(policy).default)  # no paths, so no rules
 
     def loss_fn(params, mstate, batch, rng):
         logits, mstate = model.apply(params, mstate, batch["image"], rng=rng, train=True)
@@ -105,14 +105,19 @@ def make_job(config: Config, policy: mpjax.Policy) -> mpjax.Job:
     )
 
 
+def step_options(config: Config) -> dict:
+    """How the train step is made: what `main` trains with, and `mpjax parity`."""
+    return {"clip_norm": config.clip_norm}
+
+
 def main(config: Config) -> list[dict]:
     """Train under each policy and compare; returns the rows of the table."""
     policies = _run.policy_maps(config.policies)
     folder = _run.open_folder(config.workdir, "mlp_jax", config)
     return _run.compare(
-        policies, lambda policy: make_job(config, policy.default), folder,
+        policies, lambda policy: make_job(config, policy), folder,
         attempts=config.steps, eval_every=config.eval_every, seeds=mpjax.seeds(config.seed),
-        step_options={"clip_norm": config.clip_norm}, progress=config.progress, devices=config.devices,
+        step_options=step_options(config), progress=config.progress, devices=config.devices,
     )  # fmt: skip
 
 

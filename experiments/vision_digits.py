@@ -57,6 +57,8 @@ class Config:
     """Init, data order and rng are derived from it (mpjax.seeds)."""
     devices: int = 1
     """Devices among which the rows of a batch are shared; 0 for all."""
+    probe_every: int = 0
+    """Steps between probes, which count exponents by module (`mpjax plot` draws them); 0 for none."""
     workdir: str = "runs"
     """Folder in which the run folder is made."""
     progress: bool = True
@@ -126,6 +128,11 @@ def make_job(config: Config, policy: mpjax.PolicyMap) -> mpjax.Job:
     )
 
 
+def step_options(config: Config) -> dict:
+    """How the train step is made: what `main` trains with, and `mpjax parity`."""
+    return {"clip_norm": config.clip_norm}
+
+
 def main(config: Config) -> list[dict]:
     """Train under each policy and compare; returns the rows of the table."""
     policies = _run.policy_maps(config.policies, config.rules, by_path=BY_PATH)
@@ -133,7 +140,7 @@ def main(config: Config) -> list[dict]:
     return _run.compare(
         policies, lambda policy: make_job(config, policy), folder,
         attempts=config.steps, eval_every=config.eval_every, seeds=mpjax.seeds(config.seed),
-        step_options={"clip_norm": config.clip_norm}, progress=config.progress, devices=config.devices,
+        step_options=step_options(config), progress=config.progress, devices=config.devices, probe_every=config.probe_every,
     )  # fmt: skip
 
 

@@ -31,11 +31,13 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "core.tree": ("all_finite", "cast_floating", "select_tree"),
     "measure.audit": ("audit",),
     "measure.culprit": ("Culprit", "CulpritHook", "diagnose"),
-    "measure.probe": ("ProbeLog", "probe"),
-    "measure.readings": ("ProbeReport",),
     "measure.doctor": ("doctor",),
+    "measure.equivalence": ("Equivalence", "equivalence"),
     "measure.memory": ("memory_by_role",),
+    "measure.parity": ("Parity", "parity"),
+    "measure.probe": ("ProbeLog", "probe"),
     "measure.rates": ("product_rates",),
+    "measure.readings": ("ProbeReport",),
     "measure.throughput": ("time_step",),
     "numerics.loss_scale": (
         "DynamicLossScale",
@@ -83,7 +85,9 @@ if TYPE_CHECKING:
     from mpjax.measure.audit import audit as audit
     from mpjax.measure.culprit import Culprit as Culprit, CulpritHook as CulpritHook, diagnose as diagnose
     from mpjax.measure.doctor import doctor as doctor
+    from mpjax.measure.equivalence import Equivalence as Equivalence, equivalence as equivalence
     from mpjax.measure.memory import memory_by_role as memory_by_role
+    from mpjax.measure.parity import Parity as Parity, parity as parity
     from mpjax.measure.probe import ProbeLog as ProbeLog, probe as probe
     from mpjax.measure.rates import product_rates as product_rates
     from mpjax.measure.readings import ProbeReport as ProbeReport

@@ -11,16 +11,20 @@ import tyro
 import mpjax
 from mpjax.cli.doctor import doctor
 from mpjax.cli.inspection import inspect
+from mpjax.cli.parity import parity
 from mpjax.cli.plot import plot
+from mpjax.cli.probe import probe
 from mpjax.cli.tables import hardware, policy
 from mpjax.cli.target import Refused
 from mpjax.cli.train import train
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "doctor": doctor,
-    "inspect": inspect,
-    "policy": policy,
     "hardware": hardware,
+    "policy": policy,
+    "inspect": inspect,
+    "probe": probe,
+    "parity": parity,
     "train": train,
     "plot": plot,
 }

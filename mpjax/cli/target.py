@@ -7,13 +7,14 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeAlias
 
 import tyro
 
 import mpjax
 
 if TYPE_CHECKING:
+    from mpjax.policy.rules import PolicyMap
     from mpjax.train.job import Job
 
 Target: TypeAlias = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TARGET")]
@@ -24,7 +25,7 @@ Settings: TypeAlias = Annotated[
 ]
 """The type of a command's `settings`: `--set width=32 --set depth=2`."""
 
-JobFactory: TypeAlias = "Callable[[str | None, int | None], Job]"
+JobFactory: TypeAlias = "Callable[[str | PolicyMap | None, int | None], Job]"
 """From a policy and a seed (None: the target's own) to a job."""
 
 
@@ -79,8 +80,8 @@ def _of_function(target: str, settings: Sequence[str]) -> JobFactory:
         raise Refused(f"got {target!r}: {error}; legal is MODULE:FUNCTION that python can import and call") from error
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
-    def make(policy: str | None, seed: int | None) -> Job:
-        given = {k: v for k, v in (("policy", policy), ("seed", seed)) if v is not None}
+    def make(policy: str | PolicyMap | None, seed: int | None) -> Job:
+        given: dict[str, Any] = {k: v for k, v in (("policy", policy), ("seed", seed)) if v is not None}
         given |= dict(setting.split("=", 1) for setting in settings)
         unknown = [] if takes_any else sorted(given.keys() - parameters.keys())
         if unknown:
@@ -98,29 +99,67 @@ def _of_function(target: str, settings: Sequence[str]) -> JobFactory:
 
 def _of_experiment(name: str, settings: Sequence[str]) -> JobFactory:
     runner, experiment = load_experiment(name)
-    if not hasattr(experiment, "make_job"):
-        raise Refused(f"the experiment {name} has no job of its own to look at; others have: {experiment_names()}")
-    try:
-        base = tyro.cli(
-            experiment.Config, args=[f"--{s}" for s in settings], prog=f"mpjax ... {name} --set",
-            config=(tyro.conf.FlagConversionOff,),
-        )  # fmt: skip
-    except SystemExit as stopped:
-        raise Refused("a --set names no setting of the experiment, see above") from stopped
+    base = _config(name, experiment, settings)
 
-    def make(policy: str | None, seed: int | None) -> Job:
+    def make(policy: str | PolicyMap | None, seed: int | None) -> Job:
         import dataclasses
 
         config = base if seed is None else dataclasses.replace(base, seed=seed)
-        named = {"by_path": experiment.BY_PATH} if hasattr(experiment, "BY_PATH") else {}
         try:
-            (rules,) = runner.policy_maps((policy or "mixed_bfloat16",), **named).values()
+            rules = _policy_map(runner, experiment, "mixed_bfloat16" if policy is None else policy)
             job: Job = experiment.make_job(config, rules)
         except (runner.Refused, runner._data.MissingDataError, runner._data.CorruptDataError) as error:
             raise Refused(str(error), 2 if isinstance(error, runner.Refused) else 1) from error
         return job
 
     return make
+
+
+class Training(NamedTuple):
+    """How a target is trained, beside its job: see `training`."""
+
+    steps: int | None
+    """How many steps its schedule has; None: it does not say."""
+    step_options: dict[str, Any]
+    """For `make_train_step`."""
+    policies: list[Any]
+    """Those that were asked for, as a job factory and `mpjax.parity` take them."""
+
+
+def training(target: str, settings: Sequence[str], policies: Sequence[str]) -> Training:
+    """What an experiment's own `main` would train with; for a function nothing is known but what was asked for.
+
+    Raises:
+      Refused: a setting is none of the experiment's own, or a policy does not parse.
+    """
+    if ":" in target:
+        return Training(None, {}, list(policies))
+    runner, experiment = load_experiment(target)
+    config = _config(target, experiment, settings)
+    try:
+        maps = [_policy_map(runner, experiment, policy) for policy in policies]
+    except runner.Refused as error:
+        raise Refused(str(error)) from error
+    return Training(config.steps, experiment.step_options(config), maps)
+
+
+def _config(name: str, experiment: Any, settings: Sequence[str]) -> Any:
+    if not hasattr(experiment, "make_job"):
+        raise Refused(f"the experiment {name} has no job of its own to look at; others have: {experiment_names()}")
+    try:
+        return tyro.cli(
+            experiment.Config, args=[f"--{s}" for s in settings], prog=f"mpjax ... {name} --set",
+            config=(tyro.conf.FlagConversionOff,),
+        )  # fmt: skip
+    except SystemExit as stopped:
+        raise Refused("a --set names no setting of the experiment, see above") from stopped
+
+
+def _policy_map(runner: Any, experiment: Any, policy: str | PolicyMap) -> PolicyMap:
+    """Text, a name of the experiment's own map included, as a map."""
+    named = {"by_path": experiment.BY_PATH} if hasattr(experiment, "BY_PATH") else {}
+    (found,) = runner.policy_maps((policy,), **named).values() if isinstance(policy, str) else (policy,)
+    return found
 
 
 def load_experiment(name: str) -> tuple[Any, Any]:

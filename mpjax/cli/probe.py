@@ -1,0 +1,72 @@
+"""`mpjax probe TARGET`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from mpjax.cli.output import Json, print_json, show
+from mpjax.cli.target import Refused, Settings, Target, load_job, training
+
+
+def probe(
+    target: Target,
+    policy: str = "mixed_bfloat16",
+    steps: int = 20,
+    every: int = 10,
+    only: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    settings: Settings = (),
+    out: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None,
+    as_json: Json = False,
+) -> int:
+    """Train a job for some steps and show how large the values of each module are, and what each format would lose of them.
+
+    Exit code 0: done; 1: the run stopped because too many steps in a row were not finite, and the culprit is named. Of the
+    columns of a format the first number is the share that overflows, the second the share that is flushed to zero, of
+    the values as they are; behind the arrow, where it differs, of the scaled ones (a gradient by its loss scale, others by a
+    power of two that fits them best).
+
+    Args:
+      target: an experiment's name, or MODULE:FUNCTION that returns a mpjax.Job.
+      policy: the policy to run it under.
+      steps: how many steps to train.
+      every: steps between two probes; the last one is shown.
+      only: a glob over module paths; repeat it. Default: all.
+      settings: a setting of the experiment's config, or a keyword of the function.
+      out: write every probe (probe.jsonl) and a picture of the last (exponents.png) into this folder.
+      as_json: print the last probe as JSON instead.
+    """
+    import jax
+
+    import mpjax
+
+    if steps < 1 or every < 1:
+        raise Refused(f"got --steps {steps} --every {every}; legal is at least 1 of both")
+    job = load_job(target, policy if ":" not in target or policy != "mixed_bfloat16" else None, settings=settings)
+    options = training(target, settings, ()).step_options
+    folder = None if out is None else Path(out)
+    log, culprit = mpjax.ProbeLog(folder and folder / "probe.jsonl"), mpjax.CulpritHook()
+    step = mpjax.probe(job.step(**options), every, only=only)
+    try:
+        mpjax.fit(step, job.state(jax.random.key(0)), job.batches, attempts=steps, hooks=[log, culprit])
+    except mpjax.NonFiniteError as error:
+        raise Refused(str(error), 1) from error
+    except ValueError as error:
+        if "the taps" not in str(error) and "to tap" not in str(error):
+            raise
+        raise Refused(str(error)) from error
+    report = log.reports[-1]
+    if as_json:
+        print_json(json.loads(report.to_json()))
+    else:
+        rows = report.rows()
+        title = f"{target} under {policy}, step {report.attempt}, loss scale {report.loss_scale:g}"
+        show(title, list(rows[0]), [list(row.values()) for row in rows])
+    if folder is not None:
+        from mpjax.measure.plots import exponent_ranges
+
+        exponent_ranges(report.histograms(), folder / "exponents.png", loss_scale=report.loss_scale)
+    return 0
