@@ -238,12 +238,11 @@ def train(
     shares = audit(step.pure, state, batch).flops_by_dtype()
     hooks = [JsonlWriter(folder / "metrics.jsonl"), TensorBoardWriter(folder), mpjax.CulpritHook()]
     if probe_every:
-        step = mpjax.probe(step, probe_every)
         hooks.append(mpjax.ProbeLog(folder / "probe.jsonl"))
     if progress:
         hooks.append(ProgressBar(attempts, name))
     result = mpjax.fit(
-        step, state, job.batches, attempts=attempts, eval_step=mpjax.make_eval_step(job.eval_fn),
+        mpjax.probe(step, probe_every) if probe_every else step, state, job.batches, attempts=attempts, eval_step=mpjax.make_eval_step(job.eval_fn),
         eval_batches=job.eval_batches, eval_every=eval_every, cast=job.model.cast_params, best=best, hooks=hooks,
     )  # fmt: skip
     if not result.history:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from mpjax.cli.output import Json, print_json, show
+from mpjax.cli.output import Json, print_json
 from mpjax.cli.target import Refused, Settings, Target, load_job, training
 
 
@@ -24,10 +24,9 @@ def probe(
 ) -> int:
     """Train a job for some steps and show how large the values of each module are, and what each format would lose of them.
 
-    Exit code 0: done; 1: the run stopped because too many steps in a row were not finite, and the culprit is named. Of the
-    columns of a format the first number is the share that overflows, the second the share that is flushed to zero, of
-    the values as they are; behind the arrow, where it differs, of the scaled ones (a gradient by its loss scale, others by a
-    power of two that fits them best).
+    Exit code 0: done; 1: the run stopped because too many steps in a row were not finite, and the culprit is named. Under
+    each format: the share of values that overflows, and that is flushed to zero; behind an arrow, where it differs, of the
+    scaled values (a gradient's by the loss scale, others by the largest power of two that overflows nothing).
 
     Args:
       target: an experiment's name, or MODULE:FUNCTION that returns a mpjax.Job.
@@ -62,9 +61,7 @@ def probe(
     if as_json:
         print_json(json.loads(report.to_json()))
     else:
-        rows = report.rows()
-        title = f"{target} under {policy}, step {report.attempt}, loss scale {report.loss_scale:g}"
-        show(title, list(rows[0]), [list(row.values()) for row in rows])
+        print(f"{target} under {policy}, attempt {report.attempt}, loss scale {report.loss_scale:g}\n\n{report}")
     if folder is not None:
         from mpjax.measure.plots import exponent_ranges
 

@@ -184,7 +184,11 @@ class ProbeReport:
         }
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row a reading: where its values lie, and what each format would lose of them, unscaled and scaled."""
+        """A row a reading: where its values lie, and what each format would lose of them, in text.
+
+        ▲ is the share that overflows, ▼ the share that is flushed to zero; behind an arrow, of the scaled values, where
+        that differs. `Reading.scaled` says by what.
+        """
         return [_row(r) for r in self.readings if r.count]
 
     def to_json(self) -> str:
@@ -196,7 +200,8 @@ class ProbeReport:
         rows = self.rows()
         cells = [list(rows[0]) if rows else ["nothing was reached"], *([str(x) for x in row.values()] for row in rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+        return "\n".join([*lines, "▲ overflows, ▼ flushed to zero in this format, · neither; → once scaled"])
 
 
 def _row(r: Reading) -> dict[str, str]:
@@ -204,9 +209,8 @@ def _row(r: Reading) -> dict[str, str]:
     losses = {}
     for name in FORMATS:
         plain, scaled = 1 / r.loss_scale, r.scaled(name)
-        losses[name.removeprefix("float8_")] = " → ".join(
-            f"{_percent(r.overflow(name, s))}/{_percent(r.underflow(name, s))}" for s in dict.fromkeys((plain, scaled))
-        )
+        told = [_lost(r.overflow(name, s), r.underflow(name, s)) for s in (plain, scaled)]
+        losses[name.removeprefix("float8_")] = " → ".join(dict.fromkeys(told))
     return {
         "path": r.path or "·", "kind": r.kind, "dtype": r.dtype,
         "range": f"2^{low}…2^{high + 1}" if r.exponents else "–",
@@ -215,5 +219,9 @@ def _row(r: Reading) -> dict[str, str]:
     }  # fmt: skip
 
 
+def _lost(over: float, under: float) -> str:
+    return " ".join([f"▲{_percent(over)}"] * (over > 0) + [f"▼{_percent(under)}"] * (under > 0)) or "·"
+
+
 def _percent(share: float) -> str:
-    return "0" if share == 0 else "<0.01%" if share < 1e-4 else f"{100 * share:.3g}%"
+    return "0" if share == 0 else "<0.01%" if share < 1e-4 else f"{100 * share:.2g}%" if share < 0.1 else f"{share:.0%}"
