@@ -30,6 +30,8 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "core.model": ("Model",),
     "core.tree": ("all_finite", "cast_floating", "select_tree"),
     "measure.audit": ("audit",),
+    "measure.lint": ("lint", "lint_function"),
+    "measure.lint.finding": ("Finding",),
     "numerics.loss_scale": (
         "DynamicLossScale",
         "LossScale",
@@ -73,6 +75,8 @@ if TYPE_CHECKING:
         select_tree as select_tree,
     )
     from mpjax.measure.audit import audit as audit
+    from mpjax.measure.lint import lint as lint, lint_function as lint_function
+    from mpjax.measure.lint.finding import Finding as Finding
     from mpjax.numerics import losses as losses
     from mpjax.numerics.loss_scale import (
         DynamicLossScale as DynamicLossScale,

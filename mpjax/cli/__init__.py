@@ -9,11 +9,12 @@ from typing import Any
 import tyro
 
 import mpjax
+from mpjax.cli.lint import lint
 from mpjax.cli.tables import hardware, policy
 from mpjax.cli.target import Refused
 from mpjax.cli.train import train
 
-COMMANDS: dict[str, Callable[..., Any]] = {"policy": policy, "hardware": hardware, "train": train}
+COMMANDS: dict[str, Callable[..., Any]] = {"policy": policy, "hardware": hardware, "train": train, "lint": lint}
 """From the name of a command to the function that runs it and returns its exit code."""
 
 
