@@ -14,7 +14,7 @@ from flax.nnx.nn.recurrent import RNNCellBase
 
 from mpjax.core.scopes import scope_name
 from mpjax.core.tree import cast_floating, cast_like
-from mpjax.wrap.nnx.layers import UPCASTING_NORMS
+from mpjax.wrap.nnx.layers import UPCASTING_NORMS, looks_up
 from mpjax.wrap.nnx.sites import Site
 
 running: contextvars.ContextVar[Site | None] = contextvars.ContextVar("site of the module that runs", default=None)
@@ -47,6 +47,7 @@ def bordered(cls: Any) -> type:
 
 def _crossing(method: Any) -> Callable:
     """`method`, converting if it is entered from another module."""
+    rows = looks_up(method)
 
     @functools.wraps(method)
     def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
@@ -55,10 +56,10 @@ def _crossing(method: Any) -> Callable:
         caller = running.get()
         if site is None or (caller is not None and caller.path == site.path):  # its own helper method
             return run(*args, **kwargs)
-        token = running.set(site)
+        token = running.set(None if rows else site)  # under no site a Param is read as it is
         try:
             with jax.named_scope(scope_name(site.path)):
-                return _run(self, run, args, kwargs, site)
+                return _run(self, (lambda *a, **k: _cast(run(*a, **k), site.compute)) if rows else run, args, kwargs, site)
         finally:
             running.reset(token)
 
