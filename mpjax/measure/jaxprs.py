@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -86,6 +86,17 @@ class Program:
                 self.users[value].append(node)
             for value in node.outputs:
                 self.makers[value].append(node)
+
+    def made_of(self, values: Iterable[Value]) -> set[Value]:
+        """These values, and all that is made of them: what is not made of an input is a constant."""
+        seen = set(values)
+        ahead = list(seen)
+        while ahead:
+            for node in self.users.get(ahead.pop(), ()):
+                new = [out for out in node.outputs if out not in seen]
+                seen.update(new)
+                ahead += new
+        return seen
 
     def downstream(self, value: Value, through: Callable[[Node], bool]) -> Iterator[tuple[Node, Value]]:
         """Every node that `value` reaches, with the operand by which it does; it goes on from moves and `through` nodes."""

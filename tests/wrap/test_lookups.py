@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
-from flax import nnx
+from flax import linen as nn, nnx
 
 import mpjax
 from mpjax.measure.audit import audit
@@ -62,7 +61,9 @@ def test_a_tied_head_still_multiplies_in_half(door):
     assert found.share("bfloat16") == 1.0
     (table,) = jax.tree.leaves(params)
     rows = table.astype(jnp.bfloat16)[TOKENS]
-    assert jnp.array_equal(model.apply(params, mstate, TOKENS)[0], (rows @ table.astype(jnp.bfloat16).T).astype("float32"))
+    assert jnp.array_equal(
+        model.apply(params, mstate, TOKENS)[0], (rows @ table.astype(jnp.bfloat16).T).astype("float32")
+    )
 
 
 @pytest.mark.parametrize("door", ALONE)

@@ -49,8 +49,8 @@ def lint(job: Job, **step_options: Any) -> tuple[Finding, ...]:
     What XLA makes of the program later is not seen, nor the inside of a foreign kernel.
 
     Args:
-      job: what is trained. Its policy and its model's table say what is meant where; a model of bare functions computes
-        in its policy's default everywhere.
+      job: what is trained. Its policy and its model's table say what is meant where. Of a model of bare functions nobody
+        can tell where it ends and the float32 loss begins: all products are held to its policy's default, no residuals are.
       **step_options: those of `make_train_step` under which it is trained: `accumulate=4`.
 
     Returns:
@@ -77,7 +77,7 @@ def lint(job: Job, **step_options: Any) -> tuple[Finding, ...]:
         (
             *(found for rule in rules for found in rule(program, compute_of)),
             *twice_cast(program, params),
-            *wide_residuals(_saved_by(step, state, batch), compute_of),
+            *(wide_residuals(_saved_by(step, state, batch), compute_of) if job.model.table is not None else ()),
         )
     )
 

@@ -75,7 +75,7 @@ def half(value: Value) -> np.dtype | None:
 HANDS_ON = frozenset(
     {
         "broadcast_in_dim", "copy", "copy_p", "dynamic_slice", "expand_dims", "optimization_barrier", "pbroadcast", "pvary",
-        "reshape", "reshard", "rev", "sharding_constraint", "slice", "squeeze", "transpose",
+        "reshape", "reshard", "rev", "sharding_constraint", "slice", "stop_gradient", "squeeze", "transpose",
     }
 )  # fmt: skip
 """Primitives whose results are numbers of their first operand, unchanged."""

@@ -14,8 +14,8 @@ from mpjax.measure.lint.finding import HANDS_ON, ComputeOf, Finding, half, place
 
 SUMS = frozenset({"reduce_sum", "cumsum", "cumlogsumexp", "reduce_window_sum"})
 ADDS = frozenset({"add", "add_any", "sub"})
-_SAME = HANDS_ON | {"convert_element_type", "select_n"}
-_COMBINES = _SAME | ADDS | {"mul", "div", "max", "min"}
+_SAME = HANDS_ON | {"convert_element_type", "reduce_precision", "select_n"}
+_COMBINES = _SAME | ADDS | {"abs", "mul", "div", "max", "min"}
 
 
 def softmaxes(program: Program, compute_of: ComputeOf) -> Iterator[Finding]:

@@ -34,9 +34,10 @@ def wide_residuals(program: Program, compute_of: ComputeOf) -> Iterator[Finding]
     weights: collections.Counter[str] = collections.Counter()
     meant_at = {}
     saved = outside = 0
+    varying = program.made_of(program.inputs)
     for value in dict.fromkeys(program.outputs):
         makers = [node for node, _ in program.upstream(value, hands_on) if not hands_on(node)]
-        if not makers:  # an argument, or a constant, was there anyhow
+        if not makers or value not in varying:  # an argument, or a constant, is there anyhow
             continue
         saved += nbytes_of(value)
         dtype = dtype_of(value)

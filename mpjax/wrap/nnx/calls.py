@@ -59,7 +59,9 @@ def _crossing(method: Any) -> Callable:
         token = running.set(None if rows else site)  # under no site a Param is read as it is
         try:
             with jax.named_scope(scope_name(site.path)):
-                return _run(self, (lambda *a, **k: _cast(run(*a, **k), site.compute)) if rows else run, args, kwargs, site)
+                return _run(
+                    self, (lambda *a, **k: _cast(run(*a, **k), site.compute)) if rows else run, args, kwargs, site
+                )
         finally:
             running.reset(token)
 
