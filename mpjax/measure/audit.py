@@ -13,7 +13,8 @@ import numpy as np
 
 from mpjax.core.dtypes import canonical
 from mpjax.measure.flops import PRODUCTS, product_flops, terms
-from mpjax.measure.jaxprs import Node, nbytes_of, trace
+from mpjax.measure.jaxprs import trace
+from mpjax.measure.program import Node, nbytes_of
 
 KINDS = {
     **PRODUCTS,

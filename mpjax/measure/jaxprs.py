@@ -1,128 +1,17 @@
-"""The jaxpr reader: one flat program, in which every value is followed through jit, scan, while, cond, remat and the rest."""
+"""The jaxpr reader: from a function to its `Program`, through jit, scan, while, cond, remat, shard_map and the rest."""
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.extend import core as jex
 
-from mpjax.core.scopes import is_marked, path_in
 from mpjax.measure.flops import product_flops
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Value:
-    """An array of the program: two are the same only if they are one object."""
-
-    aval: Any
-
-
-def nbytes_of(value: Value) -> int:
-    """The bytes that it takes; 0 for a key."""
-    dtype = getattr(value.aval, "dtype", None)
-    return math.prod(value.aval.shape) * dtype.itemsize if isinstance(dtype, np.dtype) else 0
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Node:
-    """A primitive of the program at its place, or a move: the same numbers entering or leaving a loop, cond or shard_map.
-
-    Args:
-      eqn: jax's equation; None for a move.
-      inputs: its operands.
-      outputs: its results.
-      scope: its whole name stack.
-      times: how often it runs; see `Op.times`.
-      in_while: whether a while loop is around it.
-      carried: of the move from the end of a loop's body to its beginning, the trips (0: of a while loop, not known).
-        None for any other.
-    """
-
-    eqn: Any
-    inputs: tuple[Value, ...]
-    outputs: tuple[Value, ...]
-    scope: str
-    times: int
-    in_while: bool
-    carried: int | None = None
-
-    @property
-    def name(self) -> str:
-        """jax's name of the primitive; "" for a move."""
-        return "" if self.eqn is None else self.eqn.primitive.name
-
-    @property
-    def path(self) -> str:
-        """Canonical path of the module that runs it, "" for the root and outside of any module."""
-        return _path_in(self.scope)
-
-    @property
-    def in_wrapped(self) -> bool:
-        """Whether a wrapped module runs it, be it the root."""
-        return is_marked(self.scope)
-
-    @property
-    def is_transposed(self) -> bool:
-        """Whether it stands in a backward pass."""
-        return "transpose(" in self.scope
-
-
-class Program:
-    """All primitives of a function in one list, without the calls around them, and who makes and who uses each value."""
-
-    def __init__(self, inputs: Sequence[Value], outputs: Sequence[Value], nodes: Sequence[Node]):
-        self.inputs, self.outputs, self.nodes = tuple(inputs), tuple(outputs), tuple(nodes)
-        self.makers: dict[Value, list[Node]] = collections.defaultdict(list)
-        self.users: dict[Value, list[Node]] = collections.defaultdict(list)
-        for node in self.nodes:
-            for value in dict.fromkeys(node.inputs):
-                self.users[value].append(node)
-            for value in node.outputs:
-                self.makers[value].append(node)
-
-    def made_of(self, values: Iterable[Value]) -> set[Value]:
-        """These values, and all that is made of them: what is not made of an input is a constant."""
-        seen = set(values)
-        ahead = list(seen)
-        while ahead:
-            for node in self.users.get(ahead.pop(), ()):
-                new = [out for out in node.outputs if out not in seen]
-                seen.update(new)
-                ahead += new
-        return seen
-
-    def downstream(self, value: Value, through: Callable[[Node], bool]) -> Iterator[tuple[Node, Value]]:
-        """Every node that `value` reaches, with the operand by which it does; it goes on from moves and `through` nodes."""
-        seen, ahead = {value}, [value]
-        while ahead:
-            here = ahead.pop()
-            for node in self.users.get(here, ()):
-                if node.eqn is not None:
-                    yield node, here
-                if node.eqn is None or through(node):
-                    new = [out for out in node.outputs if out not in seen]
-                    seen.update(new)
-                    ahead += new
-
-    def upstream(self, value: Value, through: Callable[[Node], bool]) -> Iterator[tuple[Node, Value]]:
-        """Every node that `value` comes from, with the result by which it does; it goes back from moves and `through` nodes."""
-        seen, ahead = {value}, [value]
-        while ahead:
-            here = ahead.pop()
-            for node in self.makers.get(here, ()):
-                if node.eqn is not None:
-                    yield node, here
-                if node.eqn is None or through(node):
-                    new = [operand for operand in node.inputs if operand not in seen]
-                    seen.update(new)
-                    ahead += new
+from mpjax.measure.program import Node, Program, Value
 
 
 def trace(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Program:
@@ -157,16 +46,31 @@ def _read(jaxpr: Any, inputs: Sequence[Value], around: _Place, nodes: list[Node]
     """Append the nodes of a jaxpr whose arguments are `inputs`; returns its results."""
     known = dict(zip(jaxpr.invars, inputs, strict=True))
     known.update((v, Value(v.aval)) for v in jaxpr.constvars)
-
-    def value(atom: Any) -> Value:
-        return Value(atom.aval) if isinstance(atom, jex.Literal) else known[atom]
-
     for eqn in jaxpr.eqns:
         place = dataclasses.replace(around, scope=f"{around.scope}/{eqn.source_info.name_stack}")
-        operands = tuple(map(value, eqn.invars))
+        operands = tuple(_value(atom, known) for atom in eqn.invars)
         results = _read_equation(eqn, operands, place, nodes)
         known.update(zip(eqn.outvars, results, strict=True))
-    return [value(v) for v in jaxpr.outvars]
+    return [_value(atom, known) for atom in jaxpr.outvars]
+
+
+def _value(atom: Any, known: Mapping[Any, Value]) -> Value:
+    return Value(atom.aval) if isinstance(atom, jex.Literal) else known[atom]
+
+
+# No function below is written inside another: under the suite's checks each would be compiled anew at every equation.
+
+
+def _move(source: Value, target: Value, place: _Place, nodes: list[Node], carried: int | None = None) -> None:
+    nodes.append(Node(None, (source,), (target,), place.scope, place.times, place.in_while, carried))
+
+
+def _entered(values: Sequence[Value], variables: Sequence[Any], place: _Place, nodes: list[Node]) -> list[Value]:
+    """What these values are called inside of a body."""
+    fresh = [Value(v.aval) for v in variables]
+    for source, target in zip(values, fresh, strict=True):
+        _move(source, target, place, nodes)
+    return fresh
 
 
 def _read_equation(eqn: Any, operands: tuple[Value, ...], place: _Place, nodes: list[Node]) -> Sequence[Value]:
@@ -175,47 +79,39 @@ def _read_equation(eqn: Any, operands: tuple[Value, ...], place: _Place, nodes: 
         return _read(inner[0], operands, place, nodes)
     results = tuple(Value(v.aval) for v in eqn.outvars)
 
-    def move(source: Value, target: Value, carried: int | None = None) -> None:
-        nodes.append(Node(None, (source,), (target,), place.scope, place.times, place.in_while, carried))
-
-    def entered(values: Sequence[Value], variables: Sequence[Any]) -> list[Value]:
-        fresh = [Value(v.aval) for v in variables]
-        for source, target in zip(values, fresh, strict=True):
-            move(source, target)
-        return fresh
-
     if name == "cond":
-        _read_branches(inner, operands[1:], results, place, nodes, move)
+        _read_branches(inner, operands[1:], results, place, nodes)
     elif name == "while":
         condition, body = _jaxpr(eqn.params["cond_jaxpr"]), _jaxpr(eqn.params["body_jaxpr"])
         carried = len(operands) - len(body.outvars)  # before it stand the constants of the condition, then of the body
         constants = len(condition.invars) - len(body.outvars)
         loop = dataclasses.replace(place, in_while=True)
-        starts = entered(operands[carried:], body.invars[carried - constants :])
+        starts = _entered(operands[carried:], body.invars[carried - constants :], place, nodes)
         _read(condition, [*operands[:constants], *starts], loop, nodes)
         ends = _read(body, [*operands[constants:carried], *starts], loop, nodes)
         for end, start, result in zip(ends, starts, results, strict=True):
-            move(end, start, carried=0)
-            move(end, result)
+            _move(end, start, place, nodes, carried=0)
+            _move(end, result, place, nodes)
     elif name == "scan":
         (body,) = inner
         trips = int(eqn.params["length"])
         # Which are constants, carries and slices is told by parameters that differ between jax releases; shapes tell it too.
         carries = sum(r.aval.shape == v.aval.shape for r, v in zip(results, body.outvars, strict=True))
         sliced = sum(o.aval.ndim > v.aval.ndim for o, v in zip(operands, body.invars, strict=True))
-        starts = entered(operands, body.invars)
+        starts = _entered(operands, body.invars, place, nodes)
         ends = _read(body, starts, dataclasses.replace(place, times=place.times * trips), nodes)
         first = len(operands) - sliced - carries
         for n, (end, result) in enumerate(zip(ends, results, strict=True)):
-            move(end, result)
+            _move(end, result, place, nodes)
             if n < carries:
-                move(end, starts[first + n], carried=trips)
+                _move(end, starts[first + n], place, nodes, carried=trips)
     elif name == "shard_map":
         (body,) = inner
         times = place.times * _devices(eqn)
-        ends = _read(body, entered(operands, body.invars), dataclasses.replace(place, times=times), nodes)
+        starts = _entered(operands, body.invars, place, nodes)
+        ends = _read(body, starts, dataclasses.replace(place, times=times), nodes)
         for end, result in zip(ends, results, strict=True):
-            move(end, result)
+            _move(end, result, place, nodes)
     else:  # a primitive, be it one with a jaxpr inside (a kernel, the sum of a scatter) whose values are its own
         nodes.append(Node(eqn, operands, results, place.scope, place.times, place.in_while))
         inside = dataclasses.replace(place, times=place.times * _grid(eqn))
@@ -230,7 +126,6 @@ def _read_branches(
     results: Sequence[Value],
     place: _Place,
     nodes: list[Node],
-    move: Callable[[Value, Value], None],
 ) -> None:
     """All branches of a cond; the dearest counts, the others run 0 times."""
     bodies: list[list[Node]] = [[] for _ in branches]
@@ -239,7 +134,7 @@ def _read_branches(
     for body, out in zip(bodies, ends, strict=True):
         nodes += body if body is dearest else [dataclasses.replace(node, times=0) for node in body]
         for end, result in zip(out, results, strict=True):
-            move(end, result)
+            _move(end, result, place, nodes)
 
 
 def sub_jaxprs(eqn: Any) -> Iterator[Any]:
@@ -284,6 +179,3 @@ def _grid(eqn: Any) -> int:
 
 def _cost(nodes: Sequence[Node]) -> int:
     return sum(product_flops(node.eqn) * node.times for node in nodes if node.eqn is not None)
-
-
-_path_in = functools.lru_cache(maxsize=4096)(path_in)

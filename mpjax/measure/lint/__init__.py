@@ -15,12 +15,13 @@ from mpjax.core.dtypes import canonical
 from mpjax.core.model import SINKS, Model
 from mpjax.core.tree import path_of
 from mpjax.core.types import DTypeLike
-from mpjax.measure.jaxprs import Node, Program, Value, trace
+from mpjax.measure.jaxprs import trace
 from mpjax.measure.lint.finding import ComputeOf, Finding, merged
 from mpjax.measure.lint.numerics import long_sums, softmaxes, variances
 from mpjax.measure.lint.operations import float64_leaks, mixed_products, wide_products
 from mpjax.measure.lint.params import twice_cast
 from mpjax.measure.lint.saved import wide_residuals
+from mpjax.measure.program import Node, Program, Value
 from mpjax.policy.patterns import lineage
 from mpjax.policy.rules import PolicyMap
 from mpjax.train.accumulate import cut, mean_loss

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax.measure.jaxprs import Node, Value
+from mpjax.measure.program import Node, Value
 
 OUTSIDE = "outside of any module"
 """The path of a finding in the loss, the optimizer, or a function without modules."""

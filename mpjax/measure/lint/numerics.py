@@ -9,8 +9,8 @@ import numpy as np
 
 from mpjax.core.dtypes import facts
 from mpjax.measure.flops import terms
-from mpjax.measure.jaxprs import Node, Program, Value
 from mpjax.measure.lint.finding import HANDS_ON, ComputeOf, Finding, half, place
+from mpjax.measure.program import Node, Program, Value
 
 SUMS = frozenset({"reduce_sum", "cumsum", "cumlogsumexp", "reduce_window_sum"})
 ADDS = frozenset({"add", "add_any", "sub"})

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 
 from mpjax.measure.flops import PRODUCTS
-from mpjax.measure.jaxprs import Node, Program
 from mpjax.measure.lint.finding import ComputeOf, Finding, dtype_of, place
+from mpjax.measure.program import Node, Program
 
 
 def mixed_products(program: Program, compute_of: ComputeOf) -> Iterator[Finding]:

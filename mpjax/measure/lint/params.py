@@ -5,8 +5,8 @@ from __future__ import annotations
 import collections
 from collections.abc import Iterator, Mapping
 
-from mpjax.measure.jaxprs import Node, Program, Value
 from mpjax.measure.lint.finding import Finding, dtype_of, hands_on, place
+from mpjax.measure.program import Node, Program, Value
 
 
 def twice_cast(program: Program, params: Mapping[Value, str]) -> Iterator[Finding]:

@@ -6,8 +6,8 @@ import collections
 import re
 from collections.abc import Iterator
 
-from mpjax.measure.jaxprs import Node, Program, Value, nbytes_of
 from mpjax.measure.lint.finding import OUTSIDE, ComputeOf, Finding, dtype_of, hands_on, place
+from mpjax.measure.program import Node, Program, Value, nbytes_of
 
 TINY = 1 / 256
 """Share of all saved bytes under which a float32 residual is left alone.
