@@ -134,6 +134,7 @@ def test_the_loss_may_keep_one_float32_copy_of_the_output():
     assert (found.path, found.rule) == ("outside of any module", "wide residual")
     one = 8 * 16 * 4  # exp(out), tanh(out) and what the derivative of tanh keeps
     assert f"{one:,} bytes)" in found.what and int(found.what.split()[3].replace(",", "")) >= 2 * one
+    assert mpjax.lint(job(NETS["linen"][1], "float32", greedy)) == ()  # there is no half to be had
     frugal = lambda model: lambda p, m, x, rng: jnp.exp(model.apply(p, m, x)[0]).sum()  # noqa: E731
     assert mpjax.lint(job(NETS["linen"][1], "mixed_bfloat16", frugal)) == ()
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 from mpjax.measure.lint.finding import OUTSIDE, ComputeOf, Finding, dtype_of, hands_on, place
-from mpjax.measure.program import Node, Program, Value, nbytes_of
+from mpjax.measure.program import Node, Program, nbytes_of
 
 TINY = 1 / 256
 """Share of all saved bytes under which a float32 residual is left alone.
@@ -21,15 +21,15 @@ def wide_residuals(program: Program, compute_of: ComputeOf) -> Iterator[Finding]
     """A float32 activation that is kept for the backward pass, made where the policy computes in half.
 
     An activation is judged by the operation that made it: what a float32 island made is meant. Layers that differ only
-    by an index are weighed together. What the model hands out, and what the loss keeps beside it, is the loss's: that
-    may be one float32 copy of the model's output. What is smaller than that output (a maximum and a sum for each row)
-    is not counted.
+    by an index are weighed together. What a model that ends in half hands out in float32, and what the loss keeps beside
+    it, is the loss's: that may be one float32 copy of the model's output. What is smaller than that output (a maximum
+    and a sum for each row) is not counted.
 
     Args:
       program: its results are what the backward pass keeps.
       compute_of: see `ComputeOf`.
     """
-    handed_out = [value.aval.size for value in _handed_out(program) if dtype_of(value) is not None]
+    handed_out, in_half = _handed_out(program, compute_of)
     found: dict[str, list[Node]] = collections.defaultdict(list)
     weights: collections.Counter[str] = collections.Counter()
     meant_at = {}
@@ -44,16 +44,14 @@ def wide_residuals(program: Program, compute_of: ComputeOf) -> Iterator[Finding]
         if dtype is None or dtype.itemsize < 4:
             continue
         inner = [node for node in makers if compute_of(node) is not None]
-        if not inner or any(_leaves_model(program, node) for node in inner if node.in_wrapped):
+        narrow = [node for node in inner if _computes_in_half(node, compute_of)]
+        if not inner or any(_leaves_model(program, node) for node in narrow if node.in_wrapped):
             outside += nbytes_of(value) if value.aval.size >= max(handed_out, default=0) else 0
-            continue
-        for node in inner:
-            meant = compute_of(node)
-            if meant is not None and meant.itemsize < dtype.itemsize:
-                found[place(node)] += [node]
-                weights[place(node)] += nbytes_of(value)
-                meant_at[place(node)] = meant.name
-                break
+        elif narrow:
+            node = narrow[0]
+            found[place(node)].append(node)
+            weights[place(node)] += nbytes_of(value)
+            meant_at[place(node)] = str(compute_of(node))
     together: collections.Counter[str] = collections.Counter()
     for path, weight in weights.items():
         together[_layer(path)] += weight
@@ -68,7 +66,7 @@ def wide_residuals(program: Program, compute_of: ComputeOf) -> Iterator[Finding]
                 count=len(nodes),
             )  # fmt: skip
     copy = 4 * sum(handed_out)
-    if copy and outside > copy:
+    if in_half and outside > copy:
         yield Finding(
             OUTSIDE, "wide residual",
             f"the loss keeps {outside:,} bytes of float32 for the backward pass, more than one float32 copy of the "
@@ -82,15 +80,25 @@ def _leaves_model(program: Program, node: Node) -> bool:
     return any(not user.in_wrapped for value in node.outputs for user, _ in program.downstream(value, hands_on))
 
 
-def _handed_out(program: Program) -> list[Value]:
-    """What wrapped modules made and something else uses first."""
-    out: dict[Value, None] = {}
+def _handed_out(program: Program, compute_of: ComputeOf) -> tuple[list[int], bool]:
+    """The sizes of the floats that wrapped modules made and something else uses, and whether any was computed in half."""
+    sizes, in_half = [], False
     for node in program.nodes:
-        if node.eqn is not None and node.in_wrapped:
-            for value in node.outputs:
-                if any(not user.in_wrapped for user, _ in program.downstream(value, lambda _: False)):
-                    out[value] = None
-    return list(out)
+        if node.eqn is None or not node.in_wrapped:
+            continue
+        for value in node.outputs:
+            used = dtype_of(value) is not None and any(
+                not user.in_wrapped for user, _ in program.downstream(value, lambda _: False)
+            )
+            if used:
+                sizes.append(value.aval.size)
+                in_half |= _computes_in_half(node, compute_of)
+    return sizes, in_half
+
+
+def _computes_in_half(node: Node, compute_of: ComputeOf) -> bool:
+    meant = compute_of(node)
+    return meant is not None and meant.itemsize < 4
 
 
 def _layer(path: str) -> str:
