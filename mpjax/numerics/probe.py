@@ -23,7 +23,7 @@ FORMATS = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 EXPONENTS = 256
 """float32's exponent fields: 0 holds zero and its subnormals, 255 the infinities and NaNs, 127 + e all of [2^e, 2^(e+1))."""
 
-AT_MOST = 2**20
+AT_MOST = 2**18
 """Elements of one tensor that are counted; of a larger one that many, in blocks spread evenly over it."""
 
 PROBE = "probe"

@@ -196,6 +196,16 @@ def test_updates_are_what_params_moved_by():
     assert found.exponents == {int(e): float((exponents == e).sum()) for e in np.unique(exponents)}
 
 
+def test_histograms_for_the_picture_are_by_module():
+    *_, report = both(*parts("linen", "scan"), X)
+    drawn = report.histograms()
+    assert set(drawn["update"]) == {"layers/norm", "layers/up", "head"} and "" in drawn["activation"]
+    updates = report.select("update")
+    for module, names in {"head": ("kernel", "bias"), "layers/norm": ("scale", "bias")}.items():
+        total = sum(updates[f"{module}/{name}"].count for name in names)
+        assert sum(drawn["update"][module].values()) == total
+
+
 def test_updates_too_small_for_a_bfloat16_param_show_as_zeros():
     with pytest.warns(mpjax.PrecisionWarning):
         loss_fn, optimizer, state = parts(
