@@ -36,6 +36,9 @@ class Culprit:
       amax: the largest finite magnitude that went into it; None for an input.
       loss_scale: under which the step ran.
       trips: (index, length) of each scan around it, the outermost first; length None for a while loop.
+      dtype: of what it made.
+      reached: the next module, in the order of the pass, that was handed the value: in the backward pass the first other
+        one whose incoming gradient was not finite. None where there is no other.
 
     >>> print(Culprit("batch/x", "input", False, "input", "nan", None, 1.0))
     batch/x holds nan before the step begins: look at where it comes from
@@ -50,6 +53,7 @@ class Culprit:
     loss_scale: float
     trips: tuple[tuple[int, int | None], ...] = ()
     dtype: str = ""
+    reached: str | None = None
 
     @property
     def layer(self) -> int | None:
@@ -75,8 +79,11 @@ class Culprit:
         largest = f"largest finite operand {self.amax:.4g}" if self.amax is not None else ""
         return (
             f"first not finite{passes}: {self.where}{loops}: {self.operation} made {self.kind}, {largest}, loss scale "
-            f"{self.loss_scale:g}{self._mend()}"
+            f"{self.loss_scale:g}{self._reached()}{self._mend()}"
         )
+
+    def _reached(self) -> str:
+        return "" if self.reached is None else f"; {self.reached or 'the root module'} was the next to get it"
 
     def _mend(self) -> str:
         if self.dtype != "float16" or not self.in_module:
@@ -166,7 +173,7 @@ def _diagnosed(step: TrainStep, state: TrainState, batch: Batch, with_update: bo
     if origin is None:
         return None
     values = {field.name: getattr(origin, field.name) for field in dataclasses.fields(Origin) if field.name != "order"}
-    return Culprit(**values, loss_scale=scale)
+    return Culprit(**values, loss_scale=scale, reached=run.reached.get(origin.order))
 
 
 class CulpritHook(Hook):

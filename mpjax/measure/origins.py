@@ -87,6 +87,8 @@ class Run:
 
     def __init__(self) -> None:
         self._order = itertools.count()
+        self.reached: dict[int, str] = {}
+        """From an origin's order to the first other module, in the order of the program, that was handed its value."""
 
     def evaluate(self, closed: Any, args: Sequence[Any], names: Sequence[str]) -> list[Traced]:
         """The outputs of a closed jaxpr.
@@ -138,7 +140,9 @@ class Run:
             for asked in (kind, *KINDS):
                 before = [a.origins[asked] for a in args if asked in a.origins]
                 if before:
-                    found[kind] = min(before, key=lambda origin: origin.order)
+                    found[kind] = origin = min(before, key=lambda origin: origin.order)
+                    if is_marked(place.scope) and path_in(place.scope) != origin.path:
+                        self.reached.setdefault(origin.order, path_in(place.scope))
                     break
             else:
                 found[kind] = self._new(eqn, kind, args, place)

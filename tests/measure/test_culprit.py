@@ -258,6 +258,14 @@ def test_a_gradient_that_overflows_under_the_loss_scale_is_backward():
     assert found.amax == 2.0**13 and diagnose(*deep([1 / 8, 1 / 2, 8.0], scale=2.0**12)) is None
 
 
+def test_the_next_module_that_gets_it_is_named_too():
+    """2^17 from the loss is no float16 where it enters the model, in the root's own cast; the stack receives it."""
+    found = diagnose(*deep([1.0] * 3, scale=2.0**17))
+    assert (found.path, found.phase, found.in_module, found.reached) == ("", "backward", True, "layers/dense")
+    assert "convert_element_type(float32) -> float16 made +inf" in str(found)
+    assert "the root module" in str(found) and "layers/dense was the next to get it" in str(found)
+
+
 def test_an_infinity_that_reaches_nothing_is_no_culprit():
     """log 0 behind a where, and a mask of −inf in a softmax; then a row that is masked wholly."""
 
