@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -80,6 +81,30 @@ def test_a_planted_degradation_is_rejected_and_a_policy_that_works_is_not():
     assert [pair.seed for pair in worse.pairs] == [3, 8] and all(pair.difference > 0.05 for pair in worse.pairs)
     assert worse.explain() == "different: worse, loss differs by more than 0.05"
     assert mpjax.parity(make_job, "mixed_bfloat16", **settings).verdict == "equivalent"
+
+
+def test_seeds_that_share_their_functions_share_a_compilation():
+    """Two seeds, and both sides float32: one step is traced if all four jobs have the same functions, else four."""
+    traced = []
+
+    @functools.cache
+    def loss_of(shared):
+        first = make_job("float32", 0)
+        return lambda *args: (traced.append(shared), first.loss_fn(*args))[1]
+
+    optimizer = optax.sgd(1e-3)
+
+    def sharing(policy, seed):
+        return dataclasses.replace(make_job(policy, seed), loss_fn=loss_of(True), optimizer=optimizer)
+
+    def apart(policy, seed):
+        loss_of.cache_clear()
+        return dataclasses.replace(make_job(policy, seed), loss_fn=loss_of(False), optimizer=optimizer)
+
+    settings = {"margin": 1.0, "attempts": 2, "seeds": 2, "metric": "-loss"}
+    found = [mpjax.parity(make, "float32", **settings).pairs for make in (sharing, apart)]
+    assert (traced.count(True), traced.count(False)) == (1, 4)
+    assert found[0] == found[1]
 
 
 def test_step_options_reach_the_step():
