@@ -139,8 +139,9 @@ def parity(
         verdict = equivalence(differences, margin, alpha)
 
     Each run compiles its own step, unless make_job gives all seeds of a policy the same loss_fn, eval_fn and optimizer
-    (not only equal ones: make them once for each policy, under `functools.cache`). On a CPU float32 against itself differs by exactly zero; a GPU may add in another
-    order from run to run, and then it does not. Choose margin and number of seeds before you look.
+    (not only equal ones: make them once for each policy, under `functools.cache`). On a CPU float32 against itself
+    differs by exactly zero; a GPU may add in another order from run to run, and then it does not. Choose margin and
+    number of seeds before you look.
 
     Args:
       make_job: `make_job(policy, seed)` returns a `Job` with an `eval_fn`; it gets the policy as it was given here.

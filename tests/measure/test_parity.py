@@ -287,6 +287,18 @@ def test_the_picture_shows_median_range_margin_interval_and_spread(figure):
     assert drawn.get_suptitle() == "equivalent: accuracy differs by less than 0.01"
 
 
+@pytest.mark.parametrize(("spread", "cut"), [(0.02, False), (0.04, True)])
+def test_a_spread_that_is_much_the_largest_leaves_room_for_the_margin(spread, cut, figure):
+    """Differences of 0.001, margin 0.01: the axis ends at 1.3 times the largest, and a spread over twice that is cut."""
+    test = equivalence([0.001, 0.001], 0.01)
+    pairs = tuple(Pair(i, Run(x, (2.0,)), Run(x + 0.001, (2.0,))) for i, x in enumerate((0.0, spread * 2**0.5)))
+    axes = figure(mpjax.Parity("float32", "bf16", "error", 1, pairs, test)).axes[1]
+    bar = axes.collections[-1].get_segments()[0][:, 0]
+    np.testing.assert_allclose(bar, [-0.026, 0.026] if cut else [-0.02, 0.02])
+    assert [text.get_text() for text in axes.texts] == ["◂ ±0.04 ▸"] * cut
+    assert (axes.get_xlim()[1] < 0.014) == cut
+
+
 def test_a_run_that_was_given_up_is_marked_and_its_curve_ends(figure):
     pairs = tuple(
         Pair(

@@ -142,6 +142,7 @@ def test_kinds_without_a_common_layer_stand_below_each_other(figures):
     assert named == [["in", "out"], ["in/kernel", "in/bias", "out/kernel"]]
     assert strips(updates) == [{-9: 1}, {-8: 1}, {-7: 1}]
     assert updates.get_xlim() == panels[0].get_xlim()
+    assert [axes.get_ylabel() for axes in (panels[0], updates)] == ["layer, input on top", "param"]
 
 
 def test_long_names_leave_out_what_they_share_and_then_their_middle(figures):
@@ -149,12 +150,12 @@ def test_long_names_leave_out_what_they_share_and_then_their_middle(figures):
     exponent_ranges({"update": {name: {0: 1} for name in names}}, "x.png")
     axes = figures[0].axes[0]
     assert [text.get_text() for text in axes.get_yticklabels()][-2:] == ["0/attention/query", "1/attention/query"]
-    assert axes.get_ylabel() == "layer of encoder/transformer/layers, input on top"
+    assert axes.get_ylabel() == "param of encoder/transformer/layers"
     exponent_ranges({"update": {name: {0: 1} for name in ("", *names)}}, "x.png")
     axes = figures[1].axes[0]
     labels = [text.get_text() for text in axes.get_yticklabels()]
     assert labels[-3:] == ["·", f"encoder/…{names[0][-25:]}", f"encoder/…{names[1][-25:]}"]  # 34 characters
-    assert axes.get_ylabel() == "layer, input on top"
+    assert axes.get_ylabel() == "param"
 
 
 def test_sixty_layers_are_readable(figures):

@@ -33,10 +33,11 @@ def exponent_ranges(
 ) -> Path:
     """Draw which exponents the values of each layer have, against the windows of float16, bfloat16 and float8.
 
-    A panel for each kind, side by side where they have a layer in common; in it a strip for each layer, darker where more of its values lie, and above them a bar for
-    each format from its smallest subnormal number to its largest: what lies left of a bar becomes zero in that format,
-    what lies right of it overflows, and in the bar's pale part values lose digits. Thin lines carry the ends of the bars
-    down. Beside each strip stand the shares of zeros, infinities and NaNs, and of values beyond the ends of the axis.
+    A panel for each kind, side by side where they have a layer in common; in it a strip for each layer, darker where
+    more of its values lie, and above them a bar for each format from its smallest subnormal number to its largest: what
+    lies left of a bar becomes zero in that format, what lies right of it overflows, and in the bar's pale part values
+    lose digits. Thin lines carry the ends of the bars down. Beside each strip stand the shares of zeros, infinities and
+    NaNs, and of values beyond the ends of the axis.
 
     Gradients are drawn as the backward pass holds them, multiplied by the loss scale; a hollow box shows where the same
     ones would lie without it.
@@ -72,6 +73,7 @@ def exponent_ranges(
     columns = max(len(kinds) for kinds, _ in groups)
     figure = new_figure(max(2.4 + 4.3 * columns, 8.4), sum(heights) + 1.2 + 0.8 * len(groups))
     grid = figure.add_gridspec(len(groups), columns, height_ratios=heights)
+    mesh: Any = None
     for i, (kinds, layers) in enumerate(groups):
         common, names = _names(layers)
         first = None
@@ -82,7 +84,9 @@ def exponent_ranges(
             first = first or axes
         assert first is not None
         first.set_yticks([*_format_rows(), *range(len(layers))], [*FORMATS, *names])
-        first.set_ylabel(f"layer{common and f' of {common}'}, input on top")
+        word, order = ("param", "") if kinds == ["update"] else ("layer", ", input on top")
+        first.set_ylabel(f"{word}{common and f' of {common}'}{order}")
+    figure.align_ylabels()
     bar = figure.colorbar(mesh, ax=figure.axes, location="bottom", aspect=70, shrink=0.6, extend="min", pad=0.02)
     bar.set_label("share of a layer's values with this exponent (log scale)", fontsize=8.5)
     bar.ax.tick_params(labelsize=8)
