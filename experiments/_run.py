@@ -241,8 +241,9 @@ def train(
         hooks.append(mpjax.ProbeLog(folder / "probe.jsonl"))
     if progress:
         hooks.append(ProgressBar(attempts, name))
+    stepping = mpjax.probe(step, probe_every) if probe_every else step
     result = mpjax.fit(
-        mpjax.probe(step, probe_every) if probe_every else step, state, job.batches, attempts=attempts, eval_step=mpjax.make_eval_step(job.eval_fn),
+        stepping, state, job.batches, attempts=attempts, eval_step=mpjax.make_eval_step(job.eval_fn),
         eval_batches=job.eval_batches, eval_every=eval_every, cast=job.model.cast_params, best=best, hooks=hooks,
     )  # fmt: skip
     if not result.history:

@@ -73,6 +73,7 @@ def make_model(width: int, policy: mpjax.Policy) -> mpjax.Model:
         for i in range(len(sizes) - 1):
             h_BxF = jax.nn.relu(h_BxF) if i else h_BxF
             h_BxF = h_BxF @ params[f"layer_{i}"]["kernel"] + params[f"layer_{i}"]["bias"][None]
+            h_BxF = mpjax.tap(mstate, f"layer_{i}", h_BxF)  # nothing, unless the step is probed
         return policy.cast_to_output(h_BxF), mstate
 
     return mpjax.Model(init, apply, policy=policy, cast_params=policy.cast_to_compute)

@@ -33,6 +33,8 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "measure.culprit": ("Culprit", "CulpritHook", "diagnose"),
     "measure.doctor": ("doctor",),
     "measure.equivalence": ("Equivalence", "equivalence"),
+    "measure.lint": ("lint", "lint_function"),
+    "measure.lint.finding": ("Finding",),
     "measure.memory": ("memory_by_role",),
     "measure.parity": ("Parity", "parity"),
     "measure.probe": ("ProbeLog", "probe"),
@@ -86,6 +88,8 @@ if TYPE_CHECKING:
     from mpjax.measure.culprit import Culprit as Culprit, CulpritHook as CulpritHook, diagnose as diagnose
     from mpjax.measure.doctor import doctor as doctor
     from mpjax.measure.equivalence import Equivalence as Equivalence, equivalence as equivalence
+    from mpjax.measure.lint import lint as lint, lint_function as lint_function
+    from mpjax.measure.lint.finding import Finding as Finding
     from mpjax.measure.memory import memory_by_role as memory_by_role
     from mpjax.measure.parity import Parity as Parity, parity as parity
     from mpjax.measure.probe import ProbeLog as ProbeLog, probe as probe

@@ -8,10 +8,13 @@ from __future__ import annotations
 import re
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 import mpjax
+from mpjax.numerics.probe import EXPONENTS, count
 from tests.wrap import zoo_nnx
 from tests.wrap.zoo import LM
 
@@ -83,3 +86,40 @@ def test_float16_and_bfloat16_train_to_where_float32_does(door):
         assert losses[policy] < 0.9 * result.history[0]["loss"]
     for policy in ("mixed_bfloat16", "mixed_float16"):
         assert abs(losses[policy] - losses["float32"]) < 0.05 * losses["float32"]
+
+
+@both_doors
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "float32"])
+def test_a_probed_step_agrees_to_the_formats_eps(policy, door):
+    """XLA may fuse otherwise around a tap. By norm, to the compute format's eps (TF32's for float32) of the whole gradient:
+
+    that of a key's bias is zero but for rounding, since a softmax does not see it.
+    """
+    task = job(policy, door)
+    sgd = optax.sgd(1.0)
+    state = mpjax.TrainState.create(
+        mpjax.wrap(DOORS[door](width=256, vocab=512), policy), sgd, jax.random.key(0), *task.sample
+    )
+    step = mpjax.make_train_step(task.loss_fn, sgd, donate=False)
+    plain, _ = step(state, task.batches(0))
+    probed, metrics = mpjax.probe(step)(state, task.batches(0))
+    report = mpjax.ProbeReport.of(jax.device_get(metrics["sinks"]))
+    assert len(report.select("gradient")) == len(report.select("activation")) == 34
+    eps = {"mixed_bfloat16": 2.0**-7, "mixed_float16": 2.0**-10, "float32": 2.0**-10}[policy]
+    leaves = zip(*map(jax.tree.leaves, (state.params, plain.params, probed.params)), strict=True)
+    before, here, there = (
+        np.concatenate([np.ravel(x) for x in tree]).astype(float) for tree in zip(*leaves, strict=True)
+    )
+    assert np.linalg.norm(there - here) <= eps * np.linalg.norm(here - before)
+
+
+def test_counts_on_a_gpu_are_exact():
+    """Many copies of the cells are added up there, with atomics; numpy counts the same numbers."""
+    x = jax.random.normal(jax.random.key(0), (1 << 18,)) * jnp.exp2(
+        jax.random.uniform(jax.random.key(1), (1 << 18,)) * 60 - 30
+    )
+    counts = np.asarray(count(x)).reshape(EXPONENTS, -1).sum(-1)
+    exponents, times = np.unique(np.frexp(np.asarray(x, np.float64))[1] - 1 + 127, return_counts=True)
+    expected = np.zeros(EXPONENTS)
+    expected[exponents] = times
+    assert counts.tolist() == expected.tolist()

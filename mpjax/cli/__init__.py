@@ -11,6 +11,7 @@ import tyro
 import mpjax
 from mpjax.cli.doctor import doctor
 from mpjax.cli.inspection import inspect
+from mpjax.cli.lint import lint
 from mpjax.cli.parity import parity
 from mpjax.cli.plot import plot
 from mpjax.cli.probe import probe
@@ -23,6 +24,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "hardware": hardware,
     "policy": policy,
     "inspect": inspect,
+    "lint": lint,
     "probe": probe,
     "parity": parity,
     "train": train,

@@ -19,6 +19,15 @@ def scope_name(path: str) -> str:
     return "@" + path.replace("/", ".")
 
 
+def is_marked(name_stack: str) -> bool:
+    """Whether a wrapped module, be it the root, runs what stands in this name stack.
+
+    >>> is_marked("transpose(jvp(@))"), is_marked("jvp(LM)/layers_0")
+    (True, False)
+    """
+    return _MARK.search(name_stack) is not None
+
+
 def path_in(name_stack: str) -> str:
     """The canonical path of the module that runs an operation, from its name stack; "" where no module does.
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import collections
 import dataclasses
 import fnmatch
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core as jex
 
 from mpjax.core.dtypes import canonical
-from mpjax.core.scopes import path_in
-from mpjax.measure.flops import PRODUCTS, product_flops
+from mpjax.measure.flops import PRODUCTS, product_flops, terms
+from mpjax.measure.jaxprs import trace
+from mpjax.measure.program import Node, nbytes_of
 
 KINDS = {
     **PRODUCTS,
@@ -46,6 +44,8 @@ class Op:
       times: how often it runs: the lengths of the scans around it, times the devices of a shard_map or the grid of a
         Pallas kernel. 0 in those branches of a cond that are not the dearest.
       in_while: whether a while loop is around it, whose trips no jaxpr tells: it counts as one.
+      bytes: what one execution reads and writes if nothing is fused: all operands and the result.
+      terms: how many numbers one number of its result is made of, by a reduction; 1 for what is none.
     """
 
     kind: str
@@ -56,6 +56,8 @@ class Op:
     flops: int
     times: int
     in_while: bool = False
+    bytes: int = 0
+    terms: int = 1
 
     @property
     def label(self) -> str:
@@ -108,13 +110,23 @@ class Audit:
             )
         return sum(found.get(name, 0) for name in {_legal(dtype) for dtype in dtypes}) / sum(found.values())
 
+    def bytes_by_dtype(self, kind: str) -> dict[str, int]:
+        """Bytes that all ops of a kind read and write if nothing is fused, by dtypes as in `Op.label`."""
+        total: collections.Counter[str] = collections.Counter()
+        for op in self.ops:
+            if op.kind == kind:
+                total[op.label] += op.bytes * op.times
+        return dict(total)
+
     def __str__(self) -> str:
         total = sum(self.flops_by_dtype().values())
-        lines = [f"{'kind':<12}{'dtype':<26}{'ops':>6}{'FLOPs':>11}{'share':>9}"]
+        lines = [f"{'kind':<12}{'dtype':<26}{'ops':>6}{'bytes':>11}{'FLOPs':>11}{'share':>9}"]
         for kind in dict.fromkeys(KINDS.values()):
+            flops, moved = self.select(kind).flops_by_dtype(), self.bytes_by_dtype(kind)
             for label, n in sorted(self.dtypes(kind).items()):
-                flops = self.select(kind).flops_by_dtype().get(label)
-                lines.append(f"{kind:<12}{label:<26}{n:>6}" + (f"{flops:>11.3g}{flops / total:>9.1%}" if flops else ""))
+                done = flops.get(label)
+                line = f"{kind:<12}{label:<26}{n:>6}{moved[label]:>11.3g}"
+                lines.append(line + (f"{done:>11.3g}{done / total:>9.1%}" if done else ""))
         if any(op.in_while for op in self.ops):
             lines.append("the bodies of while loops are counted once: how often they run is not known before")
         return "\n".join(lines)
@@ -142,67 +154,31 @@ def audit(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Audit:
     >>> found.flops_by_dtype(), found.dtypes("exp"), found.share("bfloat16")
     ({'bfloat16': 48}, {'bfloat16': 1}, 1.0)
     """
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    traced = {i: x for i, x in enumerate(leaves) if hasattr(x, "shape") and hasattr(x, "dtype")}
-
-    def call(traced: dict[int, Any]) -> Any:
-        args, kwargs = jax.tree.unflatten(structure, [traced.get(i, x) for i, x in enumerate(leaves)])
-        return fn(*args, **kwargs)
-
-    return Audit(tuple(_read(jax.make_jaxpr(call)(traced).jaxpr, "", 1, False)))
+    return Audit(tuple(op for node in trace(fn, *args, **kwargs).nodes if (op := _op(node)) is not None))
 
 
-def _read(jaxpr: Any, around: str, times: int, in_while: bool) -> Iterator[Op]:
-    for eqn in jaxpr.eqns:
-        scope = f"{around}/{eqn.source_info.name_stack}"
-        kind = KINDS.get(eqn.primitive.name)
-        if kind is not None and not (kind == "cast" and _is_no_rounding(eqn)):
-            factors = eqn.invars[:2] if kind in ("dot", "conv") else eqn.invars[:1]
-            operands = tuple(_name(v.aval.dtype) for v in factors)
-            output = _name(eqn.outvars[0].aval.dtype)
-            yield Op(
-                kind, eqn.primitive.name, operands, output, path_in(scope), product_flops(eqn), times, in_while
-            )  # fmt: skip
-        runs, in_loop = times * _trips(eqn), in_while or eqn.primitive.name == "while"
-        bodies = [list(_read(inner, scope, runs, in_loop)) for inner in sub_jaxprs(eqn)]
-        dearest = max(bodies, key=_cost, default=[])
-        for body in bodies:
-            if eqn.primitive.name == "cond" and body is not dearest:
-                body = [dataclasses.replace(op, times=0) for op in body]
-            yield from body
+def _op(node: Node) -> Op | None:
+    kind = KINDS.get(node.name)
+    if kind is None or (kind == "cast" and _is_no_rounding(node)):
+        return None
+    factors = node.inputs[:2] if kind in ("dot", "conv") else node.inputs[:1]
+    return Op(
+        kind=kind,
+        primitive=node.name,
+        operands=tuple(_name(value.aval.dtype) for value in factors),
+        output=_name(node.outputs[0].aval.dtype),
+        path=node.path,
+        flops=product_flops(node.eqn),
+        times=node.times,
+        in_while=node.in_while,
+        bytes=sum(nbytes_of(value) for value in (*node.inputs, *node.outputs)),
+        terms=terms(node.eqn),
+    )
 
 
-def sub_jaxprs(eqn: Any) -> Iterator[Any]:
-    """The jaxprs inside an equation, whatever its parameters are called: those names differ between jax releases."""
-    for value in eqn.params.values():
-        for item in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(item, jex.ClosedJaxpr):
-                yield item.jaxpr
-            elif isinstance(item, jex.Jaxpr):
-                yield item
-
-
-def _trips(eqn: Any) -> int:
-    """How often an equation runs the jaxprs inside it, for each time that it runs itself."""
-    if eqn.primitive.name == "scan":
-        return int(eqn.params["length"])
-    if eqn.primitive.name == "shard_map":  # shapes in its body are those of one device
-        mesh = eqn.params["mesh"]
-        axes = eqn.params.get("newly_manual_axes", eqn.params.get("manual_axes", mesh.axis_names))
-        return math.prod(mesh.shape[axis] for axis in axes)
-    if eqn.primitive.name == "pallas_call":
-        grid = getattr(eqn.params.get("grid_mapping"), "grid", ())
-        return math.prod(n for n in grid if isinstance(n, int))
-    return 1
-
-
-def _cost(ops: list[Op]) -> int:
-    return sum(op.flops * op.times for op in ops)
-
-
-def _is_no_rounding(eqn: Any) -> bool:
+def _is_no_rounding(node: Node) -> bool:
     """Whether a conversion has nothing to do with precision: between integers, or only of the weak type."""
-    here, there = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
+    here, there = node.inputs[0].aval.dtype, node.outputs[0].aval.dtype
     return here == there or not any(jnp.issubdtype(dtype, jnp.inexact) for dtype in (here, there))
 
 

@@ -35,8 +35,10 @@ class Culprit:
       kind: `"nan"`, `"+inf"` or `"-inf"`.
       amax: the largest finite magnitude that went into it; None for an input.
       loss_scale: under which the step ran.
-      layer: in a scanned stack, which of its layers; None elsewhere, and where a step accumulates, see `trips`.
       trips: (index, length) of each scan around it, the outermost first; length None for a while loop.
+
+    >>> print(Culprit("batch/x", "input", False, "input", "nan", None, 1.0))
+    batch/x holds nan before the step begins: look at where it comes from
     """
 
     path: str

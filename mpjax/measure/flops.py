@@ -55,6 +55,23 @@ def product_flops(eqn: Any) -> int:
     return flops
 
 
+def terms(eqn: Any) -> int:
+    """How many numbers a reduction makes one number of its result from; 1 for what is no reduction.
+
+    >>> import jax, jax.numpy as jnp
+    >>> terms(jax.make_jaxpr(jnp.sum)(jnp.ones((2, 3))).eqns[0])
+    6
+    """
+    name, shape = eqn.primitive.name, eqn.invars[0].aval.shape if eqn.invars else ()
+    if name.startswith("cum"):
+        return int(shape[eqn.params["axis"]])
+    if name.startswith("reduce_window"):
+        return math.prod(eqn.params["window_dimensions"])
+    if name.startswith(("reduce_", "arg")) or name == "reduce":
+        return math.prod(shape) // max(1, math.prod(eqn.outvars[0].aval.shape))
+    return 1
+
+
 def _meetings(outputs: tuple[int, int], taps: tuple[int, int], inputs: tuple[int, int], before: int) -> int:
     """Along one axis, the pairs of output and tap that meet an input element; each is (how many, how far apart)."""
     # Positions are symmetric in outputs and taps; a gradient towards the kernel has few outputs and many "taps".

@@ -9,9 +9,10 @@ from typing import Any
 import jax
 from jax.extend import core as jex
 
+from mpjax.core.scopes import is_marked
 from mpjax.core.tree import nbytes
 from mpjax.core.types import Params
-from mpjax.measure.audit import sub_jaxprs
+from mpjax.measure.jaxprs import sub_jaxprs
 
 _STILL_A_WEIGHT = ("convert_element_type", "transpose", "reshape", "squeeze", "broadcast_in_dim", "copy")
 """What a weight may go through and still be that weight, in another dtype or layout."""
@@ -88,4 +89,4 @@ def _roles(jaxpr: Any, weights: set[Any], scope: str) -> dict[Any, str]:
 
 
 def _has_mark(jaxpr: Any) -> bool:
-    return any("@" in str(eqn.source_info.name_stack) or any(map(_has_mark, sub_jaxprs(eqn))) for eqn in jaxpr.eqns)
+    return any(is_marked(str(eqn.source_info.name_stack)) or any(map(_has_mark, sub_jaxprs(eqn))) for eqn in jaxpr.eqns)

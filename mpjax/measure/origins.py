@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
-from mpjax.core.scopes import path_in
-from mpjax.measure.audit import sub_jaxprs
+from mpjax.core.scopes import is_marked, path_in
+from mpjax.measure.jaxprs import scan_parts, sub_jaxprs
 
 CALLS = {
     "pjit", "jit", "closed_call", "core_call", "checkpoint", "remat", "remat2", "custom_jvp_call", "custom_vjp_call",
@@ -109,17 +109,14 @@ class Run:
         last_use = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not isinstance(v, jex.Literal)}
         kept = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)}
 
-        def read(v: Any) -> Traced:
-            return Traced(v.val) if isinstance(v, jex.Literal) else held[v]
-
         for i, eqn in enumerate(jaxpr.eqns):
             inner = dataclasses.replace(place, scope=f"{place.scope}/{eqn.source_info.name_stack}")
-            outs = self._equation(eqn, [read(v) for v in eqn.invars], inner)
+            outs = self._equation(eqn, [_read(v, held) for v in eqn.invars], inner)
             held.update(zip(eqn.outvars, outs, strict=True))
             for v in {v for v in eqn.invars if not isinstance(v, jex.Literal)}:
                 if last_use[v] == i and v not in kept:
                     held.pop(v, None)  # as compiled code would: activations live no longer than they must
-        return [read(v) for v in jaxpr.outvars]
+        return [_read(v, held) for v in jaxpr.outvars]
 
     def _equation(self, eqn: Any, args: list[Traced], place: _Place) -> list[Traced]:
         name, inner = eqn.primitive.name, list(sub_jaxprs(eqn))
@@ -154,7 +151,7 @@ class Run:
             order=next(self._order),
             path=path_in(place.scope),
             phase="backward" if "transpose(" in place.scope else "forward",
-            in_module="@" in place.scope,
+            in_module=is_marked(place.scope),
             operation=f"{eqn.primitive.name}({operands}) -> {dtype}",
             kind=kind,
             amax=max((largest_finite(a.value) for a in args), default=0.0),
@@ -168,9 +165,9 @@ class Run:
 
     def _scan(self, eqn: Any, args: list[Traced], place: _Place) -> list[Traced]:
         body, length = _closed(eqn)[0], int(eqn.params["length"])
-        carries, stacked = scan_parts(eqn)
-        constants, sequences = args[: len(args) - carries - stacked], args[len(args) - stacked :]
-        carry = args[len(constants) : len(args) - stacked]
+        carries, sliced = scan_parts(eqn)
+        constants, sequences = args[: len(args) - carries - sliced], args[len(args) - sliced :]
+        carry = args[len(constants) : len(args) - sliced]
         outputs: list[list[Traced]] = []
         order = range(length - 1, -1, -1) if eqn.params["reverse"] else range(length)
         for i in order:
@@ -197,6 +194,10 @@ class Run:
         raise AssertionError
 
 
+def _read(v: Any, held: Mapping[Any, Traced]) -> Traced:
+    return Traced(v.val) if isinstance(v, jex.Literal) else held[v]
+
+
 def _counts(eqn: Any) -> tuple[int, int]:
     return int(eqn.params["cond_nconsts"]), int(eqn.params["body_nconsts"])
 
@@ -210,16 +211,6 @@ def _closed(eqn: Any, *names: str) -> list[Any]:
         for item in items
         if isinstance(item, (jex.ClosedJaxpr, jex.Jaxpr))
     ]
-
-
-def scan_parts(eqn: Any) -> tuple[int, int]:
-    """(how many carries a scan has, how many sequences it reads), told by shapes: its params differ between jax releases."""
-    body = next(sub_jaxprs(eqn))
-    sequences = sum(
-        outer.aval.shape != inner.aval.shape for outer, inner in zip(eqn.invars, body.invars, strict=True)
-    )  # fmt: skip
-    stacked = sum(outer.aval.shape != inner.aval.shape for outer, inner in zip(eqn.outvars, body.outvars, strict=True))
-    return len(eqn.outvars) - stacked, sequences
 
 
 def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:

@@ -174,14 +174,18 @@ class ProbeReport:
         return {r.path: r for r in self.readings if r.kind == kind and r.count}
 
     def histograms(self) -> dict[str, dict[str, dict[Any, float]]]:
-        """From kind to path to counts by exponent, with `"zero"`, `"inf"` and `"nan"`: what `plots.exponent_ranges` draws."""
-        return {
-            kind: {
-                path: {**r.exponents, "zero": r.zero, "inf": r.inf, "nan": r.nan}
-                for path, r in self.select(kind).items()
-            }
-            for kind in ("activation", "gradient", "update")
-        }
+        """From kind to module to counts by exponent, with `"zero"`, `"inf"` and `"nan"`: what `plots.exponent_ranges` draws.
+
+        The updates of a module's own params are added up.
+        """
+        found: dict[str, dict[str, dict[Any, float]]] = {"activation": {}, "gradient": {}, "update": {}}
+        for r in self.readings:
+            path = r.path.rpartition("/")[0] if r.kind == "update" else r.path
+            if r.count:
+                counts = found[r.kind].setdefault(path, {})
+                for key, n in (*r.exponents.items(), ("zero", r.zero), ("inf", r.inf), ("nan", r.nan)):
+                    counts[key] = counts.get(key, 0.0) + n
+        return found
 
     def rows(self) -> list[dict[str, Any]]:
         """A row a reading: where its values lie, and what each format would lose of them, in text.

@@ -67,14 +67,15 @@ def read_runs(folder: str | Path) -> dict[str, Recorded]:
 def exponent_counts(probed: Mapping[str, Any]) -> dict[str, dict[str, dict[int | str, int]]]:
     """One line of `probe.jsonl` as `exponent_ranges` takes it: kind → path → exponent → how many values.
 
-    Readings of one kind at one path (a layer that is called twice) are added.
+    Readings of one kind at one path (a layer that is called twice) are added; so are the updates of a module's own params.
 
     >>> exponent_counts({"readings": [{"path": "a", "kind": "gradient", "exponents": {"-3": 2}, "zero": 1, "count": 3}]})
     {'gradient': {'a': {-3: 2, 'zero': 1}}}
     """
     counts: dict[str, dict[str, Counter[int | str]]] = {}
     for reading in sorted(probed["readings"], key=lambda one: (*KINDS, one["kind"]).index(one["kind"])):
-        here = counts.setdefault(reading["kind"], {}).setdefault(reading["path"], Counter())
+        path = reading["path"].rpartition("/")[0] if reading["kind"] == "update" else reading["path"]
+        here = counts.setdefault(reading["kind"], {}).setdefault(path, Counter())
         here.update({int(exponent): n for exponent, n in reading["exponents"].items()})
         here.update({name: reading[name] for name in ("zero", "inf", "nan") if reading.get(name)})
     return {kind: {path: dict(found) for path, found in layers.items()} for kind, layers in counts.items()}

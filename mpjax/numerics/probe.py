@@ -14,6 +14,7 @@ from jaxtyping import Array, Float32, Int32
 from mpjax.core.dtypes import facts, is_float
 from mpjax.core.model import SINKS
 from mpjax.core.struct import pytree_dataclass, static_field
+from mpjax.core.tree import canonical_path
 from mpjax.core.types import MState, PyTree
 
 FORMATS = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
@@ -22,7 +23,7 @@ FORMATS = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 EXPONENTS = 256
 """float32's exponent fields: 0 holds zero and its subnormals, 255 the infinities and NaNs, 127 + e all of [2^e, 2^(e+1))."""
 
-AT_MOST = 2**20
+AT_MOST = 2**18
 """Elements of one tensor that are counted; of a larger one that many, in blocks spread evenly over it."""
 
 PROBE = "probe"
@@ -190,10 +191,10 @@ def tap(mstate: MState, name: str, value: PyTree) -> PyTree:
 
     Args:
       mstate: as the function got it; a probed step puts its sinks in.
-      name: the path by which reports call it.
+      name: the path by which reports call it, in its canonical spelling (`layer_0` is `layer/0`).
       value: a pytree; its float arrays are counted, and their gradients.
 
     >>> tap({}, "scores", 1.5)
     1.5
     """
-    return tap_tree(sinks_in(mstate), name, value)
+    return tap_tree(sinks_in(mstate), canonical_path(name), value)

@@ -55,12 +55,7 @@ def gather(
     sinks = mstate.get(SINKS, {})
 
     def differentiate(mstate: MState, batch: Batch, rng: jax.Array) -> tuple[tuple, tuple[Params, PyTree]]:
-        def loss_of(trained: Params, sinks: PyTree) -> tuple[jax.Array, tuple]:
-            full = {**mstate, SINKS: sinks} if sinks else mstate
-            total, weight, aux = _read(loss_fn(merge_trainable(trained, frozen), full, batch, rng), full)
-            mean = total if weight is None else total / jnp.where(weight == 0, jnp.ones_like(weight), weight)
-            return mean, (total, weight, _without_sinks(aux.mstate, mstate), aux.metrics)
-
+        loss_of = mean_loss(loss_fn, frozen, mstate, batch, rng)
         (_, parts), grads = value_and_scaled_grad(loss_of, loss_scale, (0, 1), has_aux=True)(trained, sinks)
         return parts, grads
 
@@ -98,6 +93,22 @@ def gather(
         None if weights is None else whole,
         finite.all(),
     )
+
+
+def mean_loss(loss_fn: Callable, frozen: Params, mstate: MState, batch: Batch, rng: jax.Array) -> Callable:
+    """What a step differentiates: `(trained, sinks) -> (mean loss, (total, weight, new mstate, metrics))`.
+
+    Args:
+      mstate: without the reserved collection, which `sinks` is.
+    """
+
+    def loss_of(trained: Params, sinks: PyTree) -> tuple[jax.Array, tuple]:
+        full = {**mstate, SINKS: sinks} if sinks else mstate
+        total, weight, aux = _read(loss_fn(merge_trainable(trained, frozen), full, batch, rng), full)
+        mean = total if weight is None else total / jnp.where(weight == 0, jnp.ones_like(weight), weight)
+        return mean, (total, weight, _without_sinks(aux.mstate, mstate), aux.metrics)
+
+    return loss_of
 
 
 def cut(batch: Batch, parts: int) -> Batch:

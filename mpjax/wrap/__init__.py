@@ -20,6 +20,7 @@ def wrap(module: Any, policy: Any = "mixed_bfloat16", *, streams: tuple[str, ...
     `model.apply(params, mstate, *args, rng=None, train=None, method=None)` runs each submodule in the compute dtype that
     the policy gives its path: its float arguments and its own params are converted where it is entered and where it reads
     them, its results go back in its caller's compute dtype, and the model's own result in the policy's output dtype.
+    Of an embedding's table only the rows that are looked up are converted, so that their gradients add up in float32.
     Norms and softmax stay in float32. What is a function and not a module (`jax.nn.softmax` written out in a `__call__`)
     cannot be reached; `mpjax.audit` shows in which dtype it ran.
 

@@ -207,22 +207,44 @@ def test_nothing_is_run():
 
 def test_an_audit_is_a_value():
     assert audit(jnp.matmul, X, W) == audit(jnp.matmul, X, W) != audit(jnp.matmul, W, W)
-    assert str(Audit(())) == "kind        dtype                        ops      FLOPs    share"
+    assert str(Audit(())) == "kind        dtype                        ops      bytes      FLOPs    share"
 
 
 def test_the_table():
     def fn(x, w):
         return jnp.exp(x @ w).sum() + (x.astype(jnp.float16) @ w.astype(jnp.float16)).sum(dtype=jnp.float32)
 
+    # By hand: x is 4×8, w 8×8, their product 4×8; a float16 copy of both is made.
     assert str(audit(fn, X, W)).splitlines() == [
-        "kind        dtype                        ops      FLOPs    share",
-        "dot         float16                        1        512    50.0%",
-        "dot         float32                        1        512    50.0%",
-        "exp         float32                        1",
-        "reduce      float32                        2",
-        "cast        float16→float32                1",
-        "cast        float32→float16                2",
+        "kind        dtype                        ops      bytes      FLOPs    share",
+        "dot         float16                        1        256        512    50.0%",
+        "dot         float32                        1        512        512    50.0%",
+        "exp         float32                        1        256",
+        "reduce      float32                        2        264",
+        "cast        float16→float32                1        192",
+        "cast        float32→float16                2        576",
     ]
+
+
+def test_bytes_are_those_of_operands_and_result_times_the_trips():
+    def layers(x, stack):
+        return jax.lax.scan(lambda h, w: (jnp.exp(h @ w), h.sum()), x, stack)
+
+    found = audit(layers, X.astype(jnp.bfloat16), STACK.astype(jnp.bfloat16))
+    assert [(op.kind, op.bytes, op.times) for op in found.select("dot").ops] == [("dot", 2 * (32 + 64 + 32), 3)]
+    assert found.bytes_by_dtype("dot") == {"bfloat16": 3 * 256}
+    assert found.bytes_by_dtype("exp") == {"bfloat16": 3 * 2 * (32 + 32)}
+    assert found.bytes_by_dtype("conv") == {}
+
+
+def test_a_reduction_tells_how_many_numbers_become_one():
+    def sums(x):
+        pooled = jax.lax.reduce_window(x, 0.0, jax.lax.add, (2, 4), (2, 4), "VALID")
+        return x.sum(), x.max(0), x.argmax(1), jnp.cumsum(x, 1), pooled, jnp.exp(x)
+
+    found = audit(sums, X)
+    assert [op.terms for op in found.select("reduce").ops] == [8, 32, 4, 8, 8]  # the pooling stands first
+    assert [op.terms for op in found.select("exp").ops] == [1]
 
 
 class Block(nn.Module):

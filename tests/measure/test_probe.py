@@ -27,7 +27,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, _=None):
         h = nn.LayerNorm(name="norm")(x)
-        return x + nn.Dense(4, name="down")(nn.gelu(nn.Dense(8, name="up")(h))), None
+        return x + nn.relu(nn.Dense(4, name="up")(h)), None
 
 
 class Stack(nn.Module):
@@ -50,11 +50,10 @@ class Stack(nn.Module):
 
 class BlockNNX(nnx.Module):
     def __init__(self, rngs):
-        self.norm, self.up = nnx.LayerNorm(4, rngs=rngs), nnx.Linear(4, 8, rngs=rngs)
-        self.down = nnx.Linear(8, 4, rngs=rngs)
+        self.norm, self.up = nnx.LayerNorm(4, rngs=rngs), nnx.Linear(4, 4, rngs=rngs)
 
     def __call__(self, x):
-        return x + self.down(nnx.gelu(self.up(self.norm(x))))
+        return x + nnx.relu(self.up(self.norm(x)))
 
 
 class StackNNX(nnx.Module):
@@ -80,7 +79,7 @@ class StackNNX(nnx.Module):
         return self.head(x)
 
 
-KINDS = ("loop", "jit", "scan", "remat", "scan+remat", "vmap")
+KINDS = ("jit", "scan", "remat", "scan+remat", "vmap")
 DOORS = {"linen": Stack, "nnx": lambda kind: lambda rngs: StackNNX(kind, rngs)}
 X = jax.random.normal(jax.random.key(1), (3, 8, 4))
 
@@ -92,7 +91,7 @@ def parts(door, kind, policy="mixed_bfloat16", optimizer=None):
         y, mstate = model.apply(params, mstate, batch)
         return jnp.square(y - 1).mean(), mpjax.Aux(mstate)
 
-    optimizer = optimizer or optax.adam(1e-2)
+    optimizer = optimizer or optax.sgd(0.5)
     return loss_fn, optimizer, mpjax.TrainState.create(model, optimizer, jax.random.key(0), X)
 
 
@@ -108,11 +107,11 @@ def both(loss_fn, optimizer, state, batch, **options):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("door", DOORS)
 def test_a_probed_step_is_the_same_to_the_last_bit(door, kind):
-    """State and metrics; gradients are in Adam's moments."""
+    """State and metrics; gradients are in the params."""
     plain, probed, report = both(*parts(door, kind), X)
     assert fingerprint(plain) == fingerprint(probed)
     modules = {f"{layer}{name}" for layer in (["layers"] if kind in ("scan", "scan+remat", "vmap") else ["layers/0", "layers/1"])
-               for name in ("", "/norm", "/up", "/down")}  # fmt: skip
+               for name in ("", "/norm", "/up")}  # fmt: skip
     assert set(report.select("activation")) == set(report.select("gradient")) == modules | {"", "head"}
 
 
@@ -121,10 +120,10 @@ def test_accumulation_counts_every_micro_batch(door):
     plain, probed, report = both(*parts(door, "scan", "mixed_float16"), jnp.concatenate([X, X]), accumulate=2)
     assert fingerprint(plain) == fingerprint(probed)
     assert report.select("gradient")["head"].count == 6 * 8 * 2
-    assert report.select("activation")["layers/up"].count == 3 * 6 * 8 * 8
+    assert report.select("activation")["layers/up"].count == 3 * 6 * 8 * 4
 
 
-@pytest.mark.parametrize(("door", "reduce_dtype"), [("linen", None), ("linen", "float32"), ("nnx", "float32")])
+@pytest.mark.parametrize(("door", "reduce_dtype"), [("linen", None), ("nnx", "float32")])
 def test_eight_devices_count_as_one(door, reduce_dtype):
     loss_fn, optimizer, state = parts(door, "loop")
     mesh = jax.make_mesh((8,), ("data",))
@@ -197,6 +196,16 @@ def test_updates_are_what_params_moved_by():
     assert found.exponents == {int(e): float((exponents == e).sum()) for e in np.unique(exponents)}
 
 
+def test_histograms_for_the_picture_are_by_module():
+    *_, report = both(*parts("linen", "scan"), X)
+    drawn = report.histograms()
+    assert set(drawn["update"]) == {"layers/norm", "layers/up", "head"} and "" in drawn["activation"]
+    updates = report.select("update")
+    for module, names in {"head": ("kernel", "bias"), "layers/norm": ("scale", "bias")}.items():
+        total = sum(updates[f"{module}/{name}"].count for name in names)
+        assert sum(drawn["update"][module].values()) == total
+
+
 def test_updates_too_small_for_a_bfloat16_param_show_as_zeros():
     with pytest.warns(mpjax.PrecisionWarning):
         loss_fn, optimizer, state = parts(
@@ -204,14 +213,14 @@ def test_updates_too_small_for_a_bfloat16_param_show_as_zeros():
         )
     _, _, report = both(loss_fn, optimizer, state, X)
     kernel = report.select("update")["layers/0/up/kernel"]
-    assert kernel.zero == kernel.count == 32 and kernel.dtype == "bfloat16"
+    assert kernel.zero == kernel.count == 16 and kernel.dtype == "bfloat16"
 
 
 def test_only_some_modules_can_be_asked():
     loss_fn, optimizer, state = parts("linen", "loop")
     step = mpjax.make_train_step(loss_fn, optimizer, donate=False)
     _, metrics = probe(step, only="layers/0")(state, X)
-    assert set(metrics[SINKS]["probe"]) == {f"layers/0{name}" for name in ("", "/norm", "/up", "/down")}
+    assert set(metrics[SINKS]["probe"]) == {f"layers/0{name}" for name in ("", "/norm", "/up")}
     with pytest.raises(ValueError, match=r"names none of the taps; they are layers/0/norm"):
         probe(step, only="layer/0")(state, X)
 

@@ -12,7 +12,7 @@ import optax
 
 from mpjax.core.model import Model
 from mpjax.core.tree import path_of
-from mpjax.measure.audit import sub_jaxprs
+from mpjax.measure.jaxprs import sub_jaxprs
 from mpjax.train.state import Aux, TrainState
 
 

@@ -16,7 +16,7 @@ from mpjax.core.scopes import scope_name
 from mpjax.core.tree import cast_floating, cast_like
 from mpjax.numerics.probe import Sinks, probing, tap_tree
 from mpjax.policy.rules import PolicyMap, Resolution
-from mpjax.wrap.linen.layers import UPCASTING_NORMS, dressed, fields_for
+from mpjax.wrap.linen.layers import UPCASTING_NORMS, dressed, fields_for, fields_for_lookup, looks_up
 from mpjax.wrap.linen.sites import Sites, lifted_path, module_path, trace_key
 
 
@@ -92,17 +92,22 @@ class Interceptor(contextlib.AbstractContextManager):
         if caller is not None and caller.path == path:  # a helper method of the module that is running: its own affair
             return next_fun(*args, **kwargs)
         with jax.named_scope(scope_name(path)):
-            return self._run(next_fun, args, kwargs, Frame(module, path, method, found, caller, contextlib.ExitStack()))
+            frame = Frame(module, path, method, found, caller, contextlib.ExitStack())
+            return self._run(next_fun, args, kwargs, frame, looks_up(module, method))
 
-    def _run(self, next_fun: Callable, args: tuple, kwargs: dict, frame: Frame) -> Any:
+    def _run(self, next_fun: Callable, args: tuple, kwargs: dict, frame: Frame, rows: bool) -> Any:
+        """The call; `rows`: it looks up rows of a table, which is read as it is, and the rows are cast."""
         module = frame.module
         args, kwargs, carry = self._enter(frame, args, kwargs)
         with frame.keys:
             frame.keys.enter_context(trace_key(self._subtree(frame.path, frame.caller)))
             self.frames.append(frame)
             try:
-                with dressed(module, frame.stream, **fields_for(module, frame.stream)):
+                fields = fields_for_lookup(module) if rows else fields_for(module, frame.stream)
+                with dressed(module, frame.stream, **fields):
                     out = next_fun(*args, **kwargs)
+                if rows:
+                    out = cast_floating(out, frame.stream)
             finally:
                 self.frames.pop()
         out = tap_tree(self.sinks, frame.name, out)

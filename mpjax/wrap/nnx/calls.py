@@ -15,7 +15,7 @@ from flax.nnx.nn.recurrent import RNNCellBase
 from mpjax.core.scopes import scope_name
 from mpjax.core.tree import cast_floating, cast_like
 from mpjax.numerics.probe import Sinks, tap_tree
-from mpjax.wrap.nnx.layers import UPCASTING_NORMS
+from mpjax.wrap.nnx.layers import UPCASTING_NORMS, looks_up
 from mpjax.wrap.nnx.sites import Site
 
 running: contextvars.ContextVar[Site | None] = contextvars.ContextVar("site of the module that runs", default=None)
@@ -50,6 +50,7 @@ def bordered(cls: Any) -> type:
 
 def _crossing(name: str, method: Any) -> Callable:
     """`method`, converting if it is entered from another module."""
+    rows = looks_up(method)
 
     @functools.wraps(method)
     def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
@@ -58,10 +59,13 @@ def _crossing(name: str, method: Any) -> Callable:
         caller = running.get()
         if site is None or (caller is not None and caller.path == site.path):  # its own helper method
             return run(*args, **kwargs)
-        token = running.set(site)
+        token = running.set(None if rows else site)  # under no site a Param is read as it is
         try:
             with jax.named_scope(scope_name(site.path)):
-                return _run(self, run, args, kwargs, site, site.path if name == "__call__" else f"{site.path}.{name}")
+                tapped = site.path if name == "__call__" else f"{site.path}.{name}"
+                if rows:
+                    return _run(self, lambda *a, **k: _cast(run(*a, **k), site.compute), args, kwargs, site, tapped)
+                return _run(self, run, args, kwargs, site, tapped)
         finally:
             running.reset(token)
 

@@ -20,12 +20,23 @@ def attributes_for(module: nnx.Module, compute: np.dtype) -> dict[str, Any]:
     attributes: dict[str, Any] = {}
     if _is_float_attribute(module, "dtype"):
         attributes["dtype"] = compute
+    if isinstance(module, nnx.Embed):
+        attributes["dtype"] = None  # as it is read: see `looks_up`
     if isinstance(module, UPCASTING_NORMS):
         # Statistics are float32 whatever comes in; a bfloat16 input need not be stored a second time for them.
         attributes["promote_dtype"] = _as_they_are if compute.itemsize >= 4 else module.promote_dtype
     if isinstance(module, nnx.MultiHeadAttention) and module.attention_fn is nnx.dot_product_attention:
         attributes["attention_fn"] = _attention
     return attributes
+
+
+def looks_up(method: Any) -> bool:
+    """Whether a method takes rows out of a table: Embed's own call, not `attend`.
+
+    Such a table is not cast, only its rows are: in the backward pass the gradients of one row are added one by one in
+    the dtype of the table. Cast before, that of a token which occurs 1,000 times in a batch came out as 256 in bfloat16.
+    """
+    return method is vars(nnx.Embed)["__call__"]
 
 
 def _as_they_are(arrays: tuple, **_: Any) -> tuple:
