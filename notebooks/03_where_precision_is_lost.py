@@ -55,7 +55,8 @@ from IPython.display import Image
 import mpjax
 from mpjax.measure import plots
 
-folder = Path(tempfile.mkdtemp())  # for the pictures
+temporary = tempfile.TemporaryDirectory()  # for the pictures; it goes when this notebook ends
+folder = Path(temporary.name)
 random = np.random.default_rng(0)
 label = random.integers(10, size=1800)
 image = random.normal(0, 0.5, (10, 64))[label] + random.normal(0, 1, (1800, 64))  # ten patterns under noise
