@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Mapping
@@ -14,11 +15,12 @@ import numpy as np
 
 from mpjax.core.tree import all_finite, path_of
 from mpjax.core.types import Batch, Params, PyTree
-from mpjax.train.evaluate import make_eval_step
+from mpjax.train.evaluate import EvalFn, EvalStep, make_eval_step
 from mpjax.train.job import Job
 from mpjax.train.loop import NonFiniteError, fit
 from mpjax.train.seeds import seeds as seeds_of
 from mpjax.train.state import TrainState
+from mpjax.train.step import TrainStep
 
 
 class NoComparisonError(ValueError):
@@ -54,8 +56,24 @@ class Pair:
         return math.nan if self.candidate.diverged else self.candidate.final - self.reference.final
 
 
+class Compiled:
+    """Steps and evaluations of the pair before, so that seeds whose jobs share their functions share a compilation."""
+
+    def __init__(self) -> None:
+        # Two entries, one for each side: what another pair left behind would only hold its memory.
+        self.step: Callable[[TrainStep], TrainStep] = functools.lru_cache(maxsize=2)(lambda step: step)
+        self.evaluation: Callable[[EvalFn], EvalStep] = functools.lru_cache(maxsize=2)(make_eval_step)
+
+
 def train_pair(
-    reference: Job, candidate: Job, seed: int, *, attempts: int, metric: str, step_options: Mapping[str, Any]
+    reference: Job,
+    candidate: Job,
+    seed: int,
+    *,
+    attempts: int,
+    metric: str,
+    step_options: Mapping[str, Any],
+    compiled: Compiled | None = None,
 ) -> Pair:
     """Train both jobs from one seed, the reference first; the candidate's state waits beside it in memory.
 
@@ -65,6 +83,7 @@ def train_pair(
       attempts: steps to try in each.
       metric: the name of a metric of `eval_fn`.
       step_options: for `make_train_step`, the same for both.
+      compiled: what the pairs of a comparison share, if they share anything.
 
     Raises:
       NoComparisonError: they are no pair: another init, other batches or other held-out data.
@@ -92,13 +111,14 @@ def train_pair(
             raise NoComparisonError(_unpaired(seed, f"the batches of attempt {attempt} differ"))
         return batch
 
-    first = _train(reference, states[0], note, attempts, metric, step_options)
+    compiled = compiled or Compiled()
+    first = _train(reference, states[0], note, attempts, metric, step_options, compiled)
     if first.diverged:
         raise NonFiniteError(
             f"the reference diverged at seed {seed}: {first.diverged}; parity needs a reference that trains: lower the "
             "learning rate, or clip; to leave the seed out would hide what happens"
         )
-    return Pair(seed, first, _train(candidate, states[1], check, attempts, metric, step_options))
+    return Pair(seed, first, _train(candidate, states[1], check, attempts, metric, step_options, compiled))
 
 
 def _train(
@@ -108,12 +128,13 @@ def _train(
     attempts: int,
     metric: str,
     step_options: Mapping[str, Any],
+    compiled: Compiled,
 ) -> Run:
     assert job.eval_fn is not None
     try:
         result = fit(
-            job.step(**step_options), state, batches, attempts=attempts, eval_step=make_eval_step(job.eval_fn),
-            eval_batches=job.eval_batches, cast=job.model.cast_params,
+            compiled.step(job.step(**step_options)), state, batches, attempts=attempts,
+            eval_step=compiled.evaluation(job.eval_fn), eval_batches=job.eval_batches, cast=job.model.cast_params,
         )  # fmt: skip
     except NonFiniteError as error:
         history = error.result.history if error.result else []

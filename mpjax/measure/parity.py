@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from mpjax.measure.equivalence import MOST_SEEDS, Equivalence, equivalence
-from mpjax.measure.paired import NoComparisonError, Pair, train_pair
+from mpjax.measure.paired import Compiled, NoComparisonError, Pair, train_pair
 from mpjax.policy.rules import PolicyMap
 from mpjax.train.job import Job
 from mpjax.train.seeds import seeds as seeds_of
@@ -138,8 +138,10 @@ def parity(
             difference = metric(candidate) − metric(reference)
         verdict = equivalence(differences, margin, alpha)
 
-    Each run compiles its own step. On a CPU float32 against itself differs by exactly zero; a GPU may add in another
-    order from run to run, and then it does not. Choose margin and number of seeds before you look.
+    Each run compiles its own step, unless make_job gives all seeds of a policy the same loss_fn, eval_fn and optimizer
+    (not only equal ones: make them once for each policy, under `functools.cache`). On a CPU float32 against itself
+    differs by exactly zero; a GPU may add in another order from run to run, and then it does not. Choose margin and
+    number of seeds before you look.
 
     Args:
       make_job: `make_job(policy, seed)` returns a `Job` with an `eval_fn`; it gets the policy as it was given here.
@@ -180,6 +182,7 @@ def parity(
     if attempts < 1:
         raise NoComparisonError(f"got attempts={attempts!r}; legal is an int ≥ 1; give the steps of the job's schedule")
     pairs: list[Pair] = []
+    compiled = Compiled()
     for seed in chosen:
         jobs = make_job(reference, seed), make_job(candidate, seed)
         if not pairs:
@@ -187,8 +190,9 @@ def parity(
             metric = _chosen_metric(jobs, metric)
         assert metric is not None
         pair = train_pair(
-            *jobs, seed, attempts=attempts, metric=metric.removeprefix("-"), step_options=step_options or {}
-        )
+            *jobs, seed, attempts=attempts, metric=metric.removeprefix("-"), step_options=step_options or {},
+            compiled=compiled,
+        )  # fmt: skip
         pairs.append(pair)
         ends = pair.reference.final, pair.candidate.final
         logger.info("seed %d: %s %.4g (reference) and %.4g (candidate)", seed, metric.removeprefix("-"), *ends)

@@ -218,6 +218,11 @@ def fitted(params: Params, reference: Params) -> Params:
     leaves = []
     for key, (path, ref) in wanted.items():
         x = given[key][1]
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted():
+            raise ValueError(
+                f"params: {path} was donated to an earlier step and is gone; take params from the state which that step "
+                "returned, or copy them before"
+            )
         if jnp.shape(x) != ref.shape:
             raise ValueError(
                 f"params do not fit the model: {path} has shape {jnp.shape(x)}, the model wants {ref.shape}; "

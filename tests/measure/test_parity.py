@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -80,6 +81,30 @@ def test_a_planted_degradation_is_rejected_and_a_policy_that_works_is_not():
     assert [pair.seed for pair in worse.pairs] == [3, 8] and all(pair.difference > 0.05 for pair in worse.pairs)
     assert worse.explain() == "different: worse, loss differs by more than 0.05"
     assert mpjax.parity(make_job, "mixed_bfloat16", **settings).verdict == "equivalent"
+
+
+def test_seeds_that_share_their_functions_share_a_compilation():
+    """Two seeds, and both sides float32: one step is traced if all four jobs have the same functions, else four."""
+    traced = []
+
+    @functools.cache
+    def loss_of(shared):
+        first = make_job("float32", 0)
+        return lambda *args: (traced.append(shared), first.loss_fn(*args))[1]
+
+    optimizer = optax.sgd(1e-3)
+
+    def sharing(policy, seed):
+        return dataclasses.replace(make_job(policy, seed), loss_fn=loss_of(True), optimizer=optimizer)
+
+    def apart(policy, seed):
+        loss_of.cache_clear()
+        return dataclasses.replace(make_job(policy, seed), loss_fn=loss_of(False), optimizer=optimizer)
+
+    settings = {"margin": 1.0, "attempts": 2, "seeds": 2, "metric": "-loss"}
+    found = [mpjax.parity(make, "float32", **settings).pairs for make in (sharing, apart)]
+    assert (traced.count(True), traced.count(False)) == (1, 4)
+    assert found[0] == found[1]
 
 
 def test_step_options_reach_the_step():
@@ -260,6 +285,18 @@ def test_the_picture_shows_median_range_margin_interval_and_spread(figure):
     ]  # fmt: skip
     assert "margin ±1 %" in [text.get_text() for text in drawn.legends[0].get_texts()]
     assert drawn.get_suptitle() == "equivalent: accuracy differs by less than 0.01"
+
+
+@pytest.mark.parametrize(("spread", "cut"), [(0.02, False), (0.04, True)])
+def test_a_spread_that_is_much_the_largest_leaves_room_for_the_margin(spread, cut, figure):
+    """Differences of 0.001, margin 0.01: the axis ends at 1.3 times the largest, and a spread over twice that is cut."""
+    test = equivalence([0.001, 0.001], 0.01)
+    pairs = tuple(Pair(i, Run(x, (2.0,)), Run(x + 0.001, (2.0,))) for i, x in enumerate((0.0, spread * 2**0.5)))
+    axes = figure(mpjax.Parity("float32", "bf16", "error", 1, pairs, test)).axes[1]
+    bar = axes.collections[-1].get_segments()[0][:, 0]
+    np.testing.assert_allclose(bar, [-0.026, 0.026] if cut else [-0.02, 0.02])
+    assert [text.get_text() for text in axes.texts] == ["◂ ±0.04 ▸"] * cut
+    assert (axes.get_xlim()[1] < 0.014) == cut
 
 
 def test_a_run_that_was_given_up_is_marked_and_its_curve_ends(figure):

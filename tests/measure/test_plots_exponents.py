@@ -131,17 +131,31 @@ def test_a_layer_without_readings_of_a_kind_has_an_empty_row(figures):
     assert not {1, 2} & texts(activations).keys() and 1 not in texts(gradients)
 
 
+def test_kinds_without_a_common_layer_stand_below_each_other(figures):
+    """Updates are of params and the others of modules: side by side, half of each panel would be empty."""
+    exponent_ranges(COUNTS | {"update": {"in/kernel": {-9: 1}, "in/bias": {-8: 1}, "out/kernel": {-7: 1}}}, "x.png")
+    *_, updates, _ = panels = figures[0].axes
+    assert [axes.get_title() for axes in panels[:3]] == ["activations", "gradients", "updates"]
+    places = [(axes.get_subplotspec().rowspan.start, axes.get_subplotspec().colspan.start) for axes in panels[:3]]
+    assert places == [(0, 0), (0, 1), (1, 0)]
+    named = [[text.get_text() for text in axes.get_yticklabels()][4:] for axes in (panels[0], updates)]
+    assert named == [["in", "out"], ["in/kernel", "in/bias", "out/kernel"]]
+    assert strips(updates) == [{-9: 1}, {-8: 1}, {-7: 1}]
+    assert updates.get_xlim() == panels[0].get_xlim()
+    assert [axes.get_ylabel() for axes in (panels[0], updates)] == ["layer, input on top", "param"]
+
+
 def test_long_names_leave_out_what_they_share_and_then_their_middle(figures):
     names = [f"encoder/transformer/layers/{i}/attention/query" for i in range(2)]
     exponent_ranges({"update": {name: {0: 1} for name in names}}, "x.png")
     axes = figures[0].axes[0]
     assert [text.get_text() for text in axes.get_yticklabels()][-2:] == ["0/attention/query", "1/attention/query"]
-    assert axes.get_ylabel() == "layer of encoder/transformer/layers, input on top"
+    assert axes.get_ylabel() == "param of encoder/transformer/layers"
     exponent_ranges({"update": {name: {0: 1} for name in ("", *names)}}, "x.png")
     axes = figures[1].axes[0]
     labels = [text.get_text() for text in axes.get_yticklabels()]
     assert labels[-3:] == ["·", f"encoder/…{names[0][-25:]}", f"encoder/…{names[1][-25:]}"]  # 34 characters
-    assert axes.get_ylabel() == "layer, input on top"
+    assert axes.get_ylabel() == "param"
 
 
 def test_sixty_layers_are_readable(figures):

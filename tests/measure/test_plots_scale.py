@@ -34,6 +34,12 @@ def test_a_run_has_the_colour_that_it_has_in_training_curves(figures):
     assert figures[0].axes[0].lines[0].get_color() == "#0072B2"  # the second colour, though it is drawn alone
 
 
+def test_a_line_is_thinner_than_the_crosses_on_it(figures):
+    loss_scale_history({"float16": FLOAT16}, "x.png")
+    curve, marks = figures[0].axes[0].lines
+    assert curve.get_linewidth() < marks.get_markeredgewidth() < marks.get_markersize() / 3
+
+
 def test_the_largest_number_of_a_format_is_a_line_where_asked_for(figures):
     loss_scale_history({"a": FLOAT16}, "x.png", limit="f16")
     line = figures[0].axes[0].lines[-1]

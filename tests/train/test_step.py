@@ -543,6 +543,8 @@ def test_a_donated_state_is_refused_with_what_to_do():
     after, _ = step(state, (X, Y))
     with pytest.raises(ValueError, match=r"donated to an earlier step and is gone; go on with.*donate=False"):
         step(state, (X, Y))
+    with pytest.raises(ValueError, match=r"params: b was donated to an earlier step and is gone; take params from"):
+        created(optimizer, params=state.params)
     step(after, (X, Y))
 
 

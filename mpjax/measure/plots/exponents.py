@@ -33,10 +33,11 @@ def exponent_ranges(
 ) -> Path:
     """Draw which exponents the values of each layer have, against the windows of float16, bfloat16 and float8.
 
-    A panel for each kind; in it a strip for each layer, darker where more of its values lie, and above them a bar for
-    each format from its smallest subnormal number to its largest: what lies left of a bar becomes zero in that format,
-    what lies right of it overflows, and in the bar's pale part values lose digits. Thin lines carry the ends of the bars
-    down. Beside each strip stand the shares of zeros, infinities and NaNs, and of values beyond the ends of the axis.
+    A panel for each kind, side by side where they have a layer in common; in it a strip for each layer, darker where
+    more of its values lie, and above them a bar for each format from its smallest subnormal number to its largest: what
+    lies left of a bar becomes zero in that format, what lies right of it overflows, and in the bar's pale part values
+    lose digits. Thin lines carry the ends of the bars down. Beside each strip stand the shares of zeros, infinities and
+    NaNs, and of values beyond the ends of the axis.
 
     Gradients are drawn as the backward pass holds them, multiplied by the loss scale; a hollow box shows where the same
     ones would lie without it.
@@ -64,33 +65,28 @@ def exponent_ranges(
     'a.png'
     """
     _check(counts, loss_scale, span)
-    layers = list(dict.fromkeys(layer for histograms in counts.values() for layer in histograms))
+    groups = _groups(counts)
     scales = {kind: loss_scale if kind == "gradient" else 1.0 for kind in counts}
     low, high = _axis(counts, scales, span)
-    height = min(max(0.18, 2.4 / len(layers)), 0.34)  # inches of a row
-    figure = new_figure(max(2.4 + 4.3 * len(counts), 8.4), height * (len(layers) + len(FORMATS) + 1.5) + 2.0)
-    first = mesh = None
-    for i, (kind, histograms) in enumerate(counts.items()):
-        axes = figure.add_subplot(1, len(counts), i + 1, sharey=first)
-        first = first or axes
-        plain(axes)
-        axes.grid(visible=False, axis="y")
-        mesh = _draw_strips(axes, [histograms.get(layer, {}) for layer in layers], low, high)
-        _draw_windows(axes, len(layers), low, high)
-        _draw_numbers(axes, [histograms.get(layer, {}) for layer in layers], low, high)
-        if scales[kind] != 1:
-            _draw_unscaled(axes, [histograms.get(layer, {}) for layer in layers], math.log2(scales[kind]))
-        axes.set(xlim=(low, high + 1), ylim=(len(layers) - 0.4, -len(FORMATS) - 1.2), xlabel="|value| (log scale)")
-        said = f", times the loss scale {_power(math.log2(scales[kind]))}" if scales[kind] != 1 else ""
-        axes.set_title(kind + "s" * (not kind.endswith("s")) + said)
-        apart = 16 if high - low > 64 else 8
-        ticks = range(-(-low // apart) * apart, high + 2, apart)
-        axes.set_xticks(ticks, [_power(exponent) for exponent in ticks])
-        axes.tick_params(labelleft=axes is first)
-    assert first is not None
-    common, names = _names(layers)
-    first.set_yticks([*_format_rows(), *range(len(layers))], [*FORMATS, *names])
-    first.set_ylabel(f"layer{common and f' of {common}'}, input on top")
+    height = min(max(0.18, 2.4 / max(len(layers) for _, layers in groups)), 0.34)  # inches of a row
+    heights = [height * (len(layers) + len(FORMATS) + 1.5) for _, layers in groups]
+    columns = max(len(kinds) for kinds, _ in groups)
+    figure = new_figure(max(2.4 + 4.3 * columns, 8.4), sum(heights) + 1.2 + 0.8 * len(groups))
+    grid = figure.add_gridspec(len(groups), columns, height_ratios=heights)
+    mesh: Any = None
+    for i, (kinds, layers) in enumerate(groups):
+        common, names = _names(layers)
+        first = None
+        for j, kind in enumerate(kinds):
+            axes = figure.add_subplot(grid[i, j], sharey=first)
+            mesh = _draw_panel(axes, kind, [counts[kind].get(layer, {}) for layer in layers], low, high, scales[kind])
+            axes.tick_params(labelleft=first is None)
+            first = first or axes
+        assert first is not None
+        first.set_yticks([*_format_rows(), *range(len(layers))], [*FORMATS, *names])
+        word, order = ("param", "") if kinds == ["update"] else ("layer", ", input on top")
+        first.set_ylabel(f"{word}{common and f' of {common}'}{order}")
+    figure.align_ylabels()
     bar = figure.colorbar(mesh, ax=figure.axes, location="bottom", aspect=70, shrink=0.6, extend="min", pad=0.02)
     bar.set_label("share of a layer's values with this exponent (log scale)", fontsize=8.5)
     bar.ax.tick_params(labelsize=8)
@@ -122,6 +118,20 @@ def _check(counts: Mapping[str, Mapping[str, Histogram]], loss_scale: float, spa
         )
 
 
+def _groups(counts: Mapping[str, Mapping[str, Histogram]]) -> list[tuple[list[str], list[str]]]:
+    """The kinds that stand side by side, and their layers. Kinds without a common layer, as modules and params, stand
+    below each other: in one row of panels half of each would be empty."""
+    groups: list[tuple[list[str], list[str]]] = []
+    for kind, histograms in counts.items():
+        home = next((group for group in groups if not histograms or not histograms.keys().isdisjoint(group[1])), None)
+        if home is None:
+            groups.append(([kind], list(histograms)))
+        else:
+            home[0].append(kind)
+            home[1].extend(layer for layer in histograms if layer not in home[1])
+    return groups
+
+
 def _axis(counts: Mapping[str, Any], scales: Mapping[str, float], span: tuple[int, int]) -> tuple[int, int]:
     """The first and the last exponent drawn: of float16's window and all values, unscaled ones too, within the span."""
     window = facts("float16")
@@ -131,6 +141,24 @@ def _axis(counts: Mapping[str, Any], scales: Mapping[str, float], span: tuple[in
             here = _exponents(histogram)
             seen.update(here, (math.floor(exponent - math.log2(scales[kind])) for exponent in here))
     return max(min(seen), span[0]), min(max(seen), span[1])
+
+
+def _draw_panel(axes: Any, kind: str, histograms: Sequence[Histogram], low: int, high: int, scale: float) -> Any:
+    """One kind's strips under the bars of the formats."""
+    plain(axes)
+    axes.grid(visible=False, axis="y")
+    mesh = _draw_strips(axes, histograms, low, high)
+    _draw_windows(axes, len(histograms), low, high)
+    _draw_numbers(axes, histograms, low, high)
+    if scale != 1:
+        _draw_unscaled(axes, histograms, math.log2(scale))
+    axes.set(xlim=(low, high + 1), ylim=(len(histograms) - 0.4, -len(FORMATS) - 1.2), xlabel="|value| (log scale)")
+    said = f", times the loss scale {_power(math.log2(scale))}" if scale != 1 else ""
+    axes.set_title(kind + "s" * (not kind.endswith("s")) + said)
+    apart = 16 if high - low > 64 else 8
+    ticks = range(-(-low // apart) * apart, high + 2, apart)
+    axes.set_xticks(ticks, [_power(exponent) for exponent in ticks])
+    return mesh
 
 
 def _draw_strips(axes: Any, histograms: Sequence[Histogram], low: int, high: int) -> Any:

@@ -19,7 +19,8 @@ def parity_curves(result: Parity, path: str | Path, *, title: str | None = None)
 
     Left: the median of the loss, and a band from the least to the largest, over the seeds; only what is finite counts.
     Right: a point a seed; the mean with its confidence interval; the margin as a green band; and beside it, in grey, the
-    standard deviation between the reference's own seeds, to both sides of zero. An x at the worse edge stands for a
+    standard deviation between the reference's own seeds, to both sides of zero (beyond the axis if it is much the largest,
+    and then told in numbers). An x at the worse edge stands for a
     candidate that diverged.
 
     Args:
@@ -96,7 +97,9 @@ def _draw_differences(axes: Any, result: Parity) -> None:
     if all(map(math.isfinite, test.interval)):
         axes.hlines(seeds, *(unit * x for x in test.interval), color=COLOURS[1], linewidth=2.5)
     if math.isfinite(result.spread):
-        axes.hlines(seeds + 1, -unit * result.spread, unit * result.spread, color=GREY, linewidth=2.5)
+        _draw_spread(
+            axes, seeds + 1, unit * result.spread, [unit * test.margin, *found, *(unit * x for x in test.interval)]
+        )
     share = f"{100 * (1 - 2 * test.alpha):g} %"
     labels = [f"seed {pair.seed}" + (" diverged" if pair.candidate.diverged else "") for pair in result.pairs]
     axes.set_yticks(range(seeds + 2), [*labels, f"mean, {share} interval", f"± sd of {result.reference}"])
@@ -104,6 +107,16 @@ def _draw_differences(axes: Any, result: Parity) -> None:
     axes.grid(axis="y", visible=False)
     axes.set_title(f"paired differences in {name}")
     axes.set_xlabel(f"candidate − reference, {name}" + (f" ({word.strip()})" if word else ""))
+
+
+def _draw_spread(axes: Any, row: int, spread: float, others: list[float]) -> None:
+    """A bar to both sides of zero. One that would leave no room for what it is compared with is cut, and told in numbers."""
+    edge = 1.3 * max(abs(x) for x in others if math.isfinite(x))
+    axes.hlines(row, -min(spread, 2 * edge), min(spread, 2 * edge), color=GREY, linewidth=2.5)
+    if spread > 2 * edge:
+        axes.set_xlim(-edge, edge)
+        word = {"fontsize": 8, "color": GREY, "xytext": (0, 4), "textcoords": "offset points"}
+        axes.annotate(f"◂ ±{spread:.3g} ▸", (0, row), ha="center", va="bottom", **word)
 
 
 def _unit(result: Parity) -> tuple[int, str]:

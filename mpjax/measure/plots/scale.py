@@ -53,7 +53,7 @@ def loss_scale_history(
     axes = figure.add_subplot()
     plain(axes)
     skips = {name: skipped_attempts(runs[name]) for name in curves}
-    styles = styles_of(runs)
+    styles = {name: style | {"linewidth": 1.5} for name, style in styles_of(runs).items()}  # none is the reference here
     draw_scale(axes, curves, styles, skips)
     handles = [
         handle(f"{name}: {len(skips[name])} of {len(x)} skipped", **styles[name]) for name, (x, _) in curves.items()
