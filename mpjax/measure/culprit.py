@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from mpjax.train.step import TrainStep
 
 
 @dataclasses.dataclass(frozen=True)
-class Culprit:
+class Culprit(Origin):
     """What made a step not finite. `str(culprit)` says it in a sentence.
 
     Args:
@@ -40,19 +41,11 @@ class Culprit:
       reached: the next module, in the order of the pass, that was handed the value: in the backward pass the first other
         one whose incoming gradient was not finite. None where there is no other.
 
-    >>> print(Culprit("batch/x", "input", False, "input", "nan", None, 1.0))
+    >>> print(Culprit(0, "batch/x", "input", False, "input", "nan", None))
     batch/x holds nan before the step begins: look at where it comes from
     """
 
-    path: str
-    phase: str
-    in_module: bool
-    operation: str
-    kind: str
-    amax: float | None
-    loss_scale: float
-    trips: tuple[tuple[int, int | None], ...] = ()
-    dtype: str = ""
+    loss_scale: float = 1.0
     reached: str | None = None
 
     @property
@@ -79,7 +72,7 @@ class Culprit:
         largest = f"largest finite operand {self.amax:.4g}" if self.amax is not None else ""
         return (
             f"first not finite{passes}: {self.where}{loops}: {self.operation} made {self.kind}, {largest}, loss scale "
-            f"{self.loss_scale:g}{self._reached()}{self._mend()}"
+            f"{_power(self.loss_scale)}{self._reached()}{self._mend()}"
         )
 
     def _reached(self) -> str:
@@ -90,6 +83,11 @@ class Culprit:
             return ""
         rule = f"{{{self.path!r}: 'compute=float32'}}" if self.path else "another default policy"
         return f"; float16 ends at {facts('float16').max:g}: bfloat16 or float32 there has room, {rule}"
+
+
+def _power(scale: float) -> str:
+    exponent = math.log2(scale) if scale > 0 else 0.5
+    return f"2^{exponent:.0f}" if exponent.is_integer() and scale >= 1024 else f"{scale:g}"
 
 
 def diagnose(
@@ -172,8 +170,7 @@ def _diagnosed(step: TrainStep, state: TrainState, batch: Batch, with_update: bo
             origin = dataclasses.replace(origin, phase="update")
     if origin is None:
         return None
-    values = {field.name: getattr(origin, field.name) for field in dataclasses.fields(Origin) if field.name != "order"}
-    return Culprit(**values, loss_scale=scale, reached=run.reached.get(origin.order))
+    return Culprit(**vars(origin), loss_scale=scale, reached=run.reached.get(origin.order))
 
 
 class CulpritHook(Hook):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import mpjax
-from experiments import mlp_jax
+from experiments import _run, mlp_jax
 
 
 def test_it_learns_the_digits_in_each_policy(tmp_path):
@@ -38,3 +40,12 @@ def test_the_dtypes_at_each_seam():
     assert (job.model.apply(cast, {}, image)[0] == job.model.apply(state.params, {}, image)[0]).all()
     grads = jax.eval_shape(jax.grad(lambda p: job.model.apply(p, {}, image)[0].sum()), state.params)
     assert {x.dtype for x in jax.tree.leaves(grads)} == {np.dtype("float32")}
+
+
+def test_a_run_may_be_probed(tmp_path):
+    config = mlp_jax.Config(steps=5, width=8)
+    job = mlp_jax.make_job(config, mpjax.PolicyMap.of("mixed_float16"))
+    _run.train("half", job, tmp_path, 5, 5, mpjax.seeds(0), {}, "accuracy", False, probe_every=4)
+    probes = [json.loads(line) for line in (tmp_path / "probe.jsonl").read_text().splitlines()]
+    assert [probe["attempt"] for probe in probes] == [0, 4]
+    assert {"layer/0", "layer/2", "layer/0/kernel"} <= {reading["path"] for reading in probes[1]["readings"]}

@@ -26,7 +26,6 @@ def run(tmp_path_factory):
         steps=60,
         eval_every=30,
         learning_rate=8e-3,
-        probe_every=40,
         workdir=str(workdir),
         progress=False,
         **SMALL,
@@ -54,9 +53,6 @@ def test_the_run_folder_holds_what_it_should(run):
         assert len(steps) == 60 and steps[-1]["loss"] == row["final loss"]
         assert [line["attempt"] for line in lines if "eval" in line] == [30, 60]
         assert list((folder / row["policy"]).glob("events.out.tfevents.*"))
-        probes = [json.loads(line) for line in (folder / row["policy"] / "probe.jsonl").read_text().splitlines()]
-        assert [probe["attempt"] for probe in probes] == [0, 40]
-        assert {"layers/0/attention", "head"} <= {reading["path"] for reading in probes[1]["readings"]}
 
 
 @pytest.mark.parametrize("name", HALVES)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mpjax.measure.plots import exponents, policy, scale
+from mpjax.measure.plots import exponents, parity, policy, scale, training, underflow
 
 
 @pytest.fixture
@@ -18,6 +18,6 @@ def figures(monkeypatch):
         seen.append(figure)
         return Path(path)
 
-    for room in (exponents, policy, scale):
+    for room in (exponents, parity, policy, scale, training, underflow):
         monkeypatch.setattr(room, "save", keep)
     return seen

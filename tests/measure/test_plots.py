@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mpjax.measure.plots import gradient_underflow, training, training_curves, underflow
+from mpjax.measure.plots import gradient_underflow, training_curves
 
 EPS = np.finfo(float).eps
 STEPS = np.arange(100)
@@ -21,20 +20,6 @@ SCALED = REFERENCE | {
     "loss_scale": np.where(STEPS <= 40, 2.0**16, 2.0**15),
     "skipped": (STEPS >= 1).astype(int) + (STEPS >= 40),
 }
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that would have been saved."""
-    seen = []
-
-    def keep(figure, path):
-        seen.append(figure)
-        return Path(path)
-
-    monkeypatch.setattr(training, "save", keep)
-    monkeypatch.setattr(underflow, "save", keep)
-    return seen
 
 
 def panels(figure):

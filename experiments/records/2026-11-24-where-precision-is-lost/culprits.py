@@ -1,4 +1,4 @@
-"""What is named where the loss scale is too high for float16: python experiments/records/2026-11-24-where-precision-is-lost/culprits.py"""
+"""What is named where the loss scale is too high for float16. Run it from the checkout, as `python PATH`."""
 
 import dataclasses
 
