@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from mpjax.cli.output import Json, print_json, show
-from mpjax.cli.target import Refused, Settings, Target, load_job
+from mpjax.cli.target import Refused, Settings, Target, load_job, training
 
 if TYPE_CHECKING:
     from mpjax.policy.resolution import Row
@@ -24,8 +24,8 @@ def inspect(
     """Show what a job is made of: what each module computes in, params, and what one train step takes: its memory by
     role, its FLOPs by dtype, and with --time how long it takes on this device and how well that uses it.
 
-    The step is the job's plain one, without accumulation or clipping. It is compiled for the first batch; only --time
-    runs it.
+    An experiment's step accumulates and clips as its settings say, a function's job does neither. It is compiled for the
+    first batch; only --time runs it.
 
     Args:
       target: an experiment's name, or MODULE:FUNCTION that returns a mpjax.Job.
@@ -41,7 +41,7 @@ def inspect(
     from mpjax.measure.params import count_params
 
     job = load_job(target, policy, settings=settings)
-    step, batch = job.step(), job.batches(0)
+    step, batch = job.step(**training(target, settings, ()).step_options), job.batches(0)
     state = job.state(jax.random.key(0))
     try:
         account = memory_by_role(step, state, batch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from mpjax.cli.output import Json, print_json
-from mpjax.cli.target import Settings, Target, load_job
+from mpjax.cli.target import Settings, Target, load_job, training
 
 
 def lint(target: Target, policy: str | None = None, settings: Settings = (), as_json: Json = False) -> int:
@@ -25,7 +25,8 @@ def lint(target: Target, policy: str | None = None, settings: Settings = (), as_
     from mpjax.measure.lint import lint as findings_of
 
     job = load_job(target, policy, settings=settings)
-    found = findings_of(job)
+    options = training(target, settings, ()).step_options
+    found = findings_of(job, **options)
     if as_json:
         print_json([dataclasses.asdict(finding) for finding in found])
     elif found:
@@ -33,5 +34,5 @@ def lint(target: Target, policy: str | None = None, settings: Settings = (), as_
     else:
         state = jax.eval_shape(job.state, jax.random.key(0))
         print(f"{target}: nothing was found; the step's products, and what else has a dtype:")
-        print(audit(job.step().pure, state, job.batches(0)))
+        print(audit(job.step(**options).pure, state, job.batches(0)))
     return 1 if found else 0

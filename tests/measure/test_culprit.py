@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 
 import jax
@@ -234,8 +235,9 @@ def deep(kernels, policy="mixed_float16", loss_of=jnp.sum, scale=None):
     def loss_fn(params, mstate, batch, rng):
         return loss_of(model.apply(params, mstate, batch)[0])
 
+    given = dataclasses.replace(model, init=lambda rng, *sample: (params, {}))  # nothing to compile
     state = mpjax.TrainState.create(
-        model, optax.sgd(0.1), jax.random.key(0), jnp.ones((2, 4)), params=params,
+        given, optax.sgd(0.1), jax.random.key(0), jnp.ones((2, 4)),
         loss_scale=None if scale is None else mpjax.dynamic_loss_scale(scale),
     )  # fmt: skip
     return model, state, jnp.ones((2, 4)), loss_fn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import jax
@@ -85,13 +86,22 @@ X = jax.random.normal(jax.random.key(1), (3, 8, 4))
 
 
 def parts(door, kind, policy="mixed_bfloat16", optimizer=None):
+    """(loss function, optimizer, a state of one's own): made once, since most of a test's time is compiling."""
+    loss_fn, optimizer, state = _parts(door, kind, policy, optimizer or SGD)
+    return loss_fn, optimizer, jax.tree.map(jnp.copy, state)
+
+
+SGD = optax.sgd(0.5)
+
+
+@functools.cache
+def _parts(door, kind, policy, optimizer):
     model = mpjax.wrap(DOORS[door](kind), policy)
 
     def loss_fn(params, mstate, batch, rng):
         y, mstate = model.apply(params, mstate, batch)
         return jnp.square(y - 1).mean(), mpjax.Aux(mstate)
 
-    optimizer = optimizer or optax.sgd(0.5)
     return loss_fn, optimizer, mpjax.TrainState.create(model, optimizer, jax.random.key(0), X)
 
 
