@@ -500,6 +500,15 @@ def test_ctrl_c_ends_the_run_with_what_was_measured(caplog):
     assert "interrupted: 3 attempts were made" in caplog.text
 
 
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler: a shell lets what it starts in the background ignore the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("when", ["first", "later"])
 def test_ctrl_c_in_the_middle_of_a_step_loses_nothing(when):
     """The signal comes when the old state is donated and the new one is not yet anybody's."""
