@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def probe(
     target: Target,
-    policy: str = "mixed_bfloat16",
+    policy: str | None = None,
     steps: int = 20,
     every: int = 10,
     only: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
@@ -34,7 +34,7 @@ def probe(
 
     Args:
       target: an experiment's name, or MODULE:FUNCTION that returns a mpjax.Job.
-      policy: the policy to run it under.
+      policy: the policy to run it under; without it the target's own.
       steps: how many steps to train.
       every: steps between two probes; the last one is shown.
       only: a glob over module paths; repeat it. Default: all.
@@ -46,10 +46,11 @@ def probe(
     import jax
 
     import mpjax
+    from mpjax.measure.probe import NothingToProbeError
 
     if steps < 1 or every < 1:
         raise Refused(f"got --steps {steps} --every {every}; legal is at least 1 of both")
-    job = load_job(target, policy if ":" not in target or policy != "mixed_bfloat16" else None, settings=settings)
+    job = load_job(target, policy, settings=settings)
     options = training(target, settings, ()).step_options
     folder = None if out is None else Path(out)
     log, culprit = mpjax.ProbeLog(folder and folder / "probe.jsonl"), mpjax.CulpritHook()
@@ -59,9 +60,7 @@ def probe(
         result = mpjax.fit(step, job.state(jax.random.key(0)), job.batches, attempts=steps, hooks=[log, culprit])
     except mpjax.NonFiniteError as error:
         raise Refused(str(error), 1) from error
-    except ValueError as error:
-        if "the taps" not in str(error) and "to tap" not in str(error):
-            raise
+    except NothingToProbeError as error:
         raise Refused(str(error)) from error
     report = log.reports[-1]
     if timed:
@@ -71,7 +70,9 @@ def probe(
     if as_json:
         print_json(json.loads(report.to_json()) | ({} if cost is None else {"milliseconds": cost}))
     else:
-        print(f"{target} under {policy}, attempt {report.attempt}, loss scale {report.loss_scale:g}\n\n{report}")
+        print(
+            f"{target} under {policy or 'its own policy'}, attempt {report.attempt}, loss scale {report.loss_scale:g}\n\n{report}"
+        )
         if cost is not None:
             plain, probed = cost["plain"][1], cost["probed"][1]
             for name, (low, middle, high) in cost.items():

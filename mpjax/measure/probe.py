@@ -22,6 +22,10 @@ from mpjax.train.state import TrainState
 from mpjax.train.step import TrainStep
 
 
+class NothingToProbeError(ValueError):
+    """The loss function has no taps, or `only` names none of them; the message says which there are."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ProbingStep(TrainStep):
     """The variant: the same step on the same state, with counts under `"sinks"` in its metrics."""
@@ -50,13 +54,15 @@ class ProbingStep(TrainStep):
         jax.eval_shape(traced, state.params, state.mstate, batch)
         found = recorder.sinks()
         if not found:
-            raise ValueError(
+            raise NothingToProbeError(
                 "the probe found nothing to tap: the loss function must pass the mstate that it gets to model.apply "
                 "(bare functions tap by mpjax.tap); pass mstate on, not {}"
             )
         chosen = {path: sink for path, sink in found.items() if not self.only or _named(self.only, path)}
         if not chosen:
-            raise ValueError(f"only={self.only} names none of the taps; they are {', '.join(p or '·' for p in found)}")
+            raise NothingToProbeError(
+                f"only={self.only} names none of the taps; they are {', '.join(p or '·' for p in found)}"
+            )
         return chosen
 
 
@@ -110,7 +116,7 @@ def probe(step: TrainStep, every: int = 100, *, only: str | Sequence[str] = ()) 
       only: globs over module paths, in the language of a `PolicyMap`; all by default.
 
     Raises:
-      ValueError: `every` under 1; at the first call: there is nothing to tap, or `only` names nothing.
+      ValueError: `every` under 1; at the first call (`NothingToProbeError`): there is nothing to tap, or `only` names nothing.
 
     >>> import jax, optax, mpjax
     >>> from flax import linen as nn
