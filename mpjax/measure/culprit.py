@@ -110,7 +110,7 @@ def diagnose(
     mesh the whole batch is looked at, as one device would.
 
     Args:
-      model: with which the state was made, to check that it is the one of `loss_fn`'s params; None for no check.
+      model: whose step it is. Paths are read off the program, so it is only named; None will do for a bare loss.
       state: as the step got it: its `loss_scale`, `rng` and counters decide what is run.
       batch: that of the step.
       loss_fn: as `make_train_step` takes it.
