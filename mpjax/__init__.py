@@ -54,6 +54,9 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "policy.hardware": ("hardware_half", "recommend"),
     "policy.policy": ("Policy", "cast_to_full", "cast_to_half", "get_policy"),
     "policy.rules": ("PolicyMap",),
+    "store.checkpoint": ("Checkpointer",),
+    "store.manifest": ("CheckpointError", "CheckpointWarning"),
+    "store.meta": ("CheckpointInfo",),
     "train.advice": ("check_optimizer",),
     "train.evaluate": ("evaluate", "make_eval_step"),
     "train.job": ("Job",),
@@ -115,6 +118,9 @@ if TYPE_CHECKING:
         get_policy as get_policy,
     )
     from mpjax.policy.rules import PolicyMap as PolicyMap
+    from mpjax.store.checkpoint import Checkpointer as Checkpointer
+    from mpjax.store.manifest import CheckpointError as CheckpointError, CheckpointWarning as CheckpointWarning
+    from mpjax.store.meta import CheckpointInfo as CheckpointInfo
     from mpjax.train.advice import check_optimizer as check_optimizer
     from mpjax.train.evaluate import evaluate as evaluate, make_eval_step as make_eval_step
     from mpjax.train.job import Job as Job

@@ -1,0 +1,1 @@
+"""Runs that are not lost: checkpoints that are verified before they are believed, and weights for serving."""
