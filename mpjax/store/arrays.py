@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 Place = jax.sharding.Sharding | None
 """Where an array is to lie; None: in numpy."""
@@ -21,6 +20,8 @@ def write(folder: Path, arrays: Mapping[str, Any]) -> Callable[[], None]:
     """
     if not arrays:  # which Orbax refuses
         return folder.mkdir
+    import orbax.checkpoint as ocp
+
     checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
     try:
         checkpointer.save(folder, args=ocp.args.PyTreeSave(dict(arrays)))
@@ -41,6 +42,8 @@ def read(folder: Path, places: Mapping[str, Place]) -> dict[str, Any]:
     """The arrays of these names: on devices where a sharding is given, in numpy elsewhere."""
     if not places:
         return {}
+    import orbax.checkpoint as ocp
+
     restore_args = {
         name: ocp.RestoreArgs(restore_type=np.ndarray) if place is None else ocp.ArrayRestoreArgs(sharding=place)
         for name, place in places.items()
