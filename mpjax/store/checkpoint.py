@@ -138,9 +138,9 @@ class Checkpointer:
                 written()
                 seal(folder)
                 folders.publish(folder, self.directory, step)
-            for old in folders.steps(self.directory)[: -self.keep] if self.keep else []:
-                if old != step:
-                    folders.remove(self.directory, old)
+            others = [old for old in folders.steps(self.directory) if old != step]
+            for old in others[: max(len(others) + 1 - self.keep, 0)] if self.keep else []:
+                folders.remove(self.directory, old)
         finally:
             lock.release()
 

@@ -91,17 +91,14 @@ def _as_like(leaf: Leaf, found: Any, like: Any) -> Any:
         return found[()]
     if isinstance(like, np.ndarray) or isinstance(found, jax.Array):
         return found
-    place = place_of(like)
-    return jnp.array(found) if place is None else jax.device_put(found, place)
+    return jax.device_put(found, place_of(like))
 
 
 def _key(leaf: Leaf, found: Any, like: Any) -> Any:
     impl = leaf.dtype.removeprefix("key<").removesuffix(">")
     if found is None:  # an array of no keys
         found = np.zeros((*leaf.shape, *jax.random.key_data(jax.random.key(0, impl=impl)).shape), np.uint32)
-    key = jax.random.wrap_key_data(jnp.array(found), impl=impl)
-    place = place_of(like)
-    return key if place is None else jax.device_put(key, place)
+    return jax.device_put(jax.random.wrap_key_data(jax.device_put(found), impl=impl), place_of(like))
 
 
 def cast_leaf(path: str, x: Any, like: Any) -> Any:
@@ -112,10 +109,17 @@ def cast_leaf(path: str, x: Any, like: Any) -> Any:
     """
     if x.dtype == like.dtype:
         return x
-    y = x.astype(like.dtype)
+    with np.errstate(all="ignore"):  # an overflow is looked for below
+        y = x.astype(like.dtype)
     if not bool((finite(y) == finite(x)).all()):
         raise CheckpointError(
-            f"{path} holds numbers up to {float(abs(x[finite(x)].astype(np.float64)).max()):g}, which {like.dtype} cannot "
+            f"{path} holds numbers up to {_amax(x):g}, which {like.dtype} cannot "
             "hold; restore it as it is, and scale it"
         )
     return y
+
+
+def _amax(x: Any) -> float:
+    """The largest finite magnitude."""
+    wide = np.abs(np.asarray(x, np.float64))
+    return float(wide[np.isfinite(wide)].max())
