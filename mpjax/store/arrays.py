@@ -14,6 +14,9 @@ import numpy as np
 Place = jax.sharding.Sharding | None
 """Where an array is to lie; None: in numpy."""
 
+FILE_BYTES: int | None = 2**26
+"""Orbax begins a new file after so many bytes (None: 2 GiB): a file is hashed by one thread, and several by several."""
+
 
 def write(folder: Path, arrays: Mapping[str, Any]) -> Callable[[], None]:
     """Begin to write arrays into a new folder; what is returned waits for the end, and raises what went wrong.
@@ -30,7 +33,7 @@ def write(folder: Path, arrays: Mapping[str, Any]) -> Callable[[], None]:
     checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
     try:
         with _disk_errors():
-            checkpointer.save(folder, args=ocp.args.PyTreeSave(dict(arrays)))
+            checkpointer.save(folder, args=ocp.args.PyTreeSave(dict(arrays), ocdbt_target_data_file_size=FILE_BYTES))
     except BaseException:
         checkpointer.close()
         raise
