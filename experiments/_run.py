@@ -23,8 +23,8 @@ from mpjax.measure.audit import audit
 from mpjax.measure.memory import step_memory
 from mpjax.measure.plots import training_curves
 from mpjax.measure.table import policy_table, to_markdown
+from mpjax.train.hooks import FitResult
 from mpjax.train.job import Job
-from mpjax.train.loop import FitResult
 from mpjax.train.writers import JsonlWriter, ProgressBar, TensorBoardWriter
 
 C = TypeVar("C")

@@ -60,7 +60,8 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "train.advice": ("check_optimizer",),
     "train.evaluate": ("evaluate", "make_eval_step"),
     "train.job": ("Job",),
-    "train.loop": ("FitResult", "Hook", "NonFiniteError", "fit"),
+    "train.loop": ("fit",),
+    "train.hooks": ("FitResult", "Hook", "NonFiniteError"),
     "train.seeds": ("Seeds", "epoch_batches", "seeds"),
     "train.sharding": ("shard_batch", "shard_state", "state_shardings"),
     "train.specs": ("fsdp",),
@@ -123,8 +124,9 @@ if TYPE_CHECKING:
     from mpjax.store.meta import CheckpointInfo as CheckpointInfo
     from mpjax.train.advice import check_optimizer as check_optimizer
     from mpjax.train.evaluate import evaluate as evaluate, make_eval_step as make_eval_step
+    from mpjax.train.hooks import FitResult as FitResult, Hook as Hook, NonFiniteError as NonFiniteError
     from mpjax.train.job import Job as Job
-    from mpjax.train.loop import FitResult as FitResult, Hook as Hook, NonFiniteError as NonFiniteError, fit as fit
+    from mpjax.train.loop import fit as fit
     from mpjax.train.seeds import Seeds as Seeds, epoch_batches as epoch_batches, seeds as seeds
     from mpjax.train.sharding import (
         shard_batch as shard_batch,

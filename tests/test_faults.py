@@ -766,7 +766,8 @@ def test_fault_17_float64_is_where_the_policy_says_so(door):
 @pytest.mark.parametrize("skips", [1, 7])
 def test_fault_19_an_endless_nan_feed_ends_in_an_error(skips):
     """It names the step, the scale and the first bad gradient leaf; the params are those of the last good step."""
-    from mpjax.train.loop import Hook, NonFiniteError, fit
+    from mpjax.train.hooks import Hook, NonFiniteError
+    from mpjax.train.loop import fit
 
     class Last(Hook):
         result: Any = None
@@ -788,7 +789,8 @@ def test_fault_19_an_endless_nan_feed_ends_in_an_error(skips):
 
 
 def test_fault_19_fifty_skips_by_default_and_a_good_step_starts_the_count_anew():
-    from mpjax.train.loop import NonFiniteError, fit
+    from mpjax.train.hooks import NonFiniteError
+    from mpjax.train.loop import fit
 
     optimizer = optax.sgd(0.1)
     step = make_train_step(mean_loss, optimizer)
@@ -977,7 +979,8 @@ def test_fault_34_no_array_is_read_between_dispatches(monkeypatch):
 
 def test_fault_34_fit_reads_only_what_was_dispatched_before(monkeypatch):
     """While step n is on its way, the loop and its hooks see the metrics of n − 1 at most, and no part of the state."""
-    from mpjax.train.loop import Hook, fit
+    from mpjax.train.hooks import Hook
+    from mpjax.train.loop import fit
 
     optimizer = optax.adam(0.1)
     state = TrainState.create(LINEAR, optimizer, KEY, loss_scale=dynamic(growth_interval=2))

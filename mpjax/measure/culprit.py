@@ -17,7 +17,7 @@ from mpjax.core.model import SINKS, Model
 from mpjax.core.tree import path_of
 from mpjax.core.types import Batch
 from mpjax.measure.origins import Origin, Run, first_origin
-from mpjax.train.loop import Hook
+from mpjax.train.hooks import Hook
 from mpjax.train.state import TrainState
 from mpjax.train.step import TrainStep
 

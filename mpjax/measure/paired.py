@@ -16,8 +16,9 @@ import numpy as np
 from mpjax.core.tree import all_finite, path_of
 from mpjax.core.types import Batch, Params, PyTree
 from mpjax.train.evaluate import EvalFn, EvalStep, make_eval_step
+from mpjax.train.hooks import NonFiniteError
 from mpjax.train.job import Job
-from mpjax.train.loop import NonFiniteError, fit
+from mpjax.train.loop import fit
 from mpjax.train.seeds import seeds as seeds_of
 from mpjax.train.state import TrainState
 from mpjax.train.step import TrainStep

@@ -17,7 +17,7 @@ from mpjax.core.types import Batch, Metrics, MState, Params
 from mpjax.measure.readings import ProbeReport
 from mpjax.numerics.probe import PROBE, Recorder, Sink, count
 from mpjax.policy.patterns import governs
-from mpjax.train.loop import Hook
+from mpjax.train.hooks import Hook
 from mpjax.train.state import TrainState
 from mpjax.train.step import TrainStep
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import itertools
 import logging
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -13,91 +13,12 @@ import jax
 
 from mpjax.core.model import SINKS
 from mpjax.core.types import Batch
+from mpjax.train.clock import Clock
 from mpjax.train.evaluate import EvalStep, evaluate
-from mpjax.train.interrupt import Held
+from mpjax.train.hooks import FitResult, Hook, NonFiniteError
+from mpjax.train.interrupt import Interrupts, Stopped
 
 logger = logging.getLogger("mpjax")
-
-
-class NonFiniteError(FloatingPointError):
-    """Training stopped because too many steps in a row were skipped; the message names step, scale and gradient leaf.
-
-    `result` is what the run gave until then; its params are those of the last good step.
-
-    >>> issubclass(NonFiniteError, FloatingPointError)
-    True
-    """
-
-    result: FitResult | None = None
-
-
-class Hook:
-    """What happens beside training. Override what you need; the loop calls it on the host, with floats, one step late.
-
-    >>> class Print(Hook):
-    ...     def on_eval(self, attempt, metrics):
-    ...         print(attempt, metrics)
-    """
-
-    def on_step(self, attempt: int, metrics: dict[str, float]) -> None:
-        """The scalar metrics of one attempt, after the next one was dispatched."""
-
-    def on_state(self, attempt: int, state: Any) -> None:
-        """The state after an attempt, before the next one takes its memory: read it now or copy it. Reading it waits."""
-
-    def on_eval(self, attempt: int, metrics: dict[str, float]) -> None:
-        """The means of an evaluation after this many attempts."""
-
-    def on_probe(self, attempt: int, metrics: dict[str, float], found: dict[str, Any]) -> None:
-        """After `on_step` of a probed attempt: what came back for the reserved collection, as numpy arrays."""
-
-    def on_nonfinite(self, attempt: int, metrics: dict[str, float], step: Any, state: Any, batch: Batch) -> str | None:
-        """Too many skips in a row are about to stop the run: what this returns goes into the error's message."""
-
-    def on_end(self, result: FitResult) -> None:
-        """Once, however the run ended; also after an error."""
-
-
-@dataclasses.dataclass
-class FitResult:
-    """What a run gave.
-
-    Args:
-      state: the train state after the last step.
-      history: the scalar metrics of each attempt, with its index under `"attempt"`.
-      evaluations: the means of each evaluation, with the attempts made under `"attempt"`.
-      best: the best value of the chosen metric and the attempts made then, or None.
-      stopped: `"done"`, `"early"` (patience), `"exhausted"` (no more batches) or `"interrupted"` (Ctrl-C).
-      steps_per_second: attempts a second, without the first, which compiles, and without evaluations; 0 for fewer than two.
-
-    >>> FitResult(state=None, history=[{"attempt": 0, "loss": 2.3}]).stopped
-    'done'
-    """
-
-    state: Any
-    history: list[dict[str, float]] = dataclasses.field(default_factory=list)
-    evaluations: list[dict[str, float]] = dataclasses.field(default_factory=list)
-    best: tuple[float, int] | None = None
-    stopped: str = "done"
-    steps_per_second: float = 0.0
-
-
-@dataclasses.dataclass
-class _Clock:
-    """Seconds of stepping: started after the step that compiles, stopped while something else goes on."""
-
-    seconds: float = 0.0
-    steps: int = 0
-    since: float | None = None
-
-    def start(self) -> None:
-        self.since = time.perf_counter()
-
-    def stop(self, state: Any) -> None:
-        if self.since is not None:
-            jax.block_until_ready(state.step)
-            self.seconds += time.perf_counter() - self.since
-            self.since = None
 
 
 def fit(
@@ -114,12 +35,19 @@ def fit(
     patience: int | None = None,
     hooks: Sequence[Hook] = (),
     max_consecutive_skips: int = 50,
+    earlier: FitResult | None = None,
 ) -> FitResult:
     """Train until `attempts` steps were tried in all (those that the state already counts among them).
 
         for n in range(state.attempt, attempts):
             state, metrics[n] = step(state, batches(n))      # dispatched, not waited for
             read metrics[n - 1]; tell the hooks; raise after K skips in a row
+
+    SIGTERM, which comes before a machine is taken away, and Ctrl-C (SIGINT) let it finish the step in flight; then it
+    stops, tells the hooks of the end (`CheckpointHook` saves there) and returns. An evaluation in progress is left between
+    two batches, and made when the run goes on. A second signal leaves at once: it does what it did before `fit` took hold of it,
+    but that Ctrl-C ends a script also inside compiled code. All this in the main thread only, and not for a signal that is
+    ignored; when `fit` returns, the handlers are what they were.
 
     Args:
       step: a `TrainStep`, or any function like it.
@@ -133,9 +61,12 @@ def fit(
       patience: stop after this many evaluations without a better one.
       hooks: see `Hook`. `mpjax.train.writers` has some.
       max_consecutive_skips: stop with an error after this many skipped steps in a row.
+      earlier: what an earlier part of the same run gave, where `state` is from a checkpoint of it. What it measured up to
+        there stands before what is measured now, and `best` and `patience` count on; an evaluation that was due at `state` and
+        was not made, is.
 
     Returns:
-      A `FitResult`. Ctrl-C ends the run cleanly with what was measured so far.
+      A `FitResult`, also after a signal: what was measured so far.
 
     Raises:
       NonFiniteError: too many skips in a row. Params are still those of the last good step.
@@ -162,7 +93,12 @@ def fit(
     if eval_step is not None and not len(eval_batches):
         raise ValueError("eval_step came without eval_batches; give the held-out batches, or drop it")
     first = _attempts(state)
-    result, clock = FitResult(state), _Clock()
+    result, clock = FitResult(state, stopped="failed"), Clock()
+    if earlier is not None:
+        result.history = [row for row in earlier.history if row["attempt"] < first]
+        for found in earlier.evaluations:
+            if found["attempt"] <= first:
+                _note_evaluation(result, found, best)
     waiting: list[tuple[int, dict[str, Any], Batch]] = []
 
     def read(leave: int = 0) -> None:
@@ -181,57 +117,68 @@ def fit(
                 error.result = result
                 raise error
 
-    def measure(done: int) -> bool:
-        """Evaluate after `done` attempts; whether patience is at its end."""
+    def due(done: int) -> bool:
+        """Whether there is to be an evaluation after so many attempts, before the last, that was not made yet."""
+        return bool(eval_every) and done % eval_every == 0 and 0 < done < attempts and not _evaluated(result, done)
+
+    def measure(done: int) -> None:
+        """Evaluate after `done` attempts."""
         assert eval_step is not None
-        found = evaluate(eval_step, result.state, eval_batches, cast)
-        result.evaluations.append({"attempt": done, **found})
+        found = evaluate(eval_step, result.state, interrupts.between(eval_batches), cast)
         logger.info("%d attempts: %s", done, ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        _note_evaluation(result, {"attempt": done, **found}, best)
         for hook in hooks:
             hook.on_eval(done, found)
-        if best is None:
-            return False
-        _note_best(result, best, found, done)
-        since = [e["attempt"] for e in result.evaluations if result.best is None or e["attempt"] > result.best[1]]
-        return patience is not None and len(since) >= patience
 
-    try:
-        for attempt, batch in _numbered(batches, first, attempts):
-            with Held():
+    with Interrupts() as interrupts, contextlib.ExitStack() as ending:
+        for hook in reversed(hooks):
+            ending.callback(hook.on_end, result)  # each of them, whatever another raises
+        try:
+            if earlier is not None and due(first):
+                measure(first)
+            early = _out_of_patience(result, patience)
+            for attempt, batch in _numbered(batches, first, first if early else attempts, interrupts):
                 result.state, metrics = step(result.state, batch)
                 waiting.append((attempt, metrics, batch))
                 clock.steps += attempt > first
-            if attempt == first:
-                jax.block_until_ready(result.state.step)  # it compiled; the clock starts behind it
-                clock.start()
-            read(leave=1)
-            for hook in hooks:
-                if type(hook).on_state is not Hook.on_state:
-                    hook.on_state(attempt, result.state)
-            done = attempt + 1
-            if eval_step is not None and eval_every and done % eval_every == 0 and done < attempts:
-                clock.stop(result.state)
-                read()
-                if measure(done):
-                    result.stopped = "early"
-                    break
-                clock.start()
-        clock.stop(result.state)
-        read()
-        done = _attempts(result.state)
-        if done < attempts and result.stopped == "done":
-            result.stopped = "exhausted"
-        if eval_step is not None and (not result.evaluations or result.evaluations[-1]["attempt"] != done):
-            measure(done)
-    except KeyboardInterrupt:
+                if attempt == first:
+                    jax.block_until_ready(result.state.step)  # it compiled; the clock starts behind it
+                    clock.start()
+                waits = any(hook.waits(attempt) for hook in hooks)
+                if waits:
+                    clock.stop(result.state)
+                read(leave=0 if waits else 1)
+                for hook in hooks:
+                    if type(hook).on_state is not Hook.on_state:
+                        hook.on_state(attempt, result.state)
+                if due(attempt + 1):
+                    clock.stop(result.state)
+                    read()
+                    measure(attempt + 1)
+                    if early := _out_of_patience(result, patience):
+                        break
+                if clock.since is None:
+                    clock.start()
+            clock.stop(result.state)
+            read()
+            done = _attempts(result.state)
+            if interrupts.asked:
+                raise Stopped
+            if eval_step is not None and not _evaluated(result, done):
+                measure(done)
+            result.stopped = "early" if early else "exhausted" if done < attempts else "done"
+        except (KeyboardInterrupt, Stopped) as reason:
+            if isinstance(reason, KeyboardInterrupt) and interrupts.asked:
+                result.stopped = "left"
+                raise
+            clock.stop(result.state)
+            read()
+            result.stopped = "interrupted"
+            logger.warning("interrupted: %d attempts were made; their metrics are kept", _attempts(result.state))
+        finally:
+            result.steps_per_second = clock.rate
+    if interrupts.asked:  # also while the hooks were told of the end
         result.stopped = "interrupted"
-        clock.stop(result.state)
-        read()
-        logger.warning("interrupted: %d attempts were made; their metrics are kept", len(result.history))
-    finally:
-        result.steps_per_second = clock.steps / clock.seconds if clock.seconds else 0.0
-        for hook in hooks:
-            hook.on_end(result)
     return result
 
 
@@ -241,11 +188,13 @@ def _attempts(state: Any) -> int:
 
 
 def _numbered(
-    batches: Callable[[int], Batch] | Iterable[Batch], first: int, attempts: int
+    batches: Callable[[int], Batch] | Iterable[Batch], first: int, attempts: int, interrupts: Interrupts
 ) -> Iterator[tuple[int, Batch]]:
+    """Attempts with their batches; none is drawn once somebody asked to stop."""
+    numbers = itertools.takewhile(lambda _: not interrupts.asked, range(first, attempts))
     if callable(batches):
-        return ((attempt, batches(attempt)) for attempt in range(first, attempts))
-    return zip(range(first, attempts), batches, strict=False)
+        return ((attempt, batches(attempt)) for attempt in numbers)
+    return zip(numbers, batches, strict=False)
 
 
 def _scalars(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -253,16 +202,28 @@ def _scalars(metrics: dict[str, Any]) -> dict[str, Any]:
     return {name: x for name, x in metrics.items() if getattr(x, "ndim", None) == 0}
 
 
-def _note_best(result: FitResult, best: str, found: dict[str, float], done: int) -> None:
+def _evaluated(result: FitResult, done: int) -> bool:
+    return bool(result.evaluations) and result.evaluations[-1]["attempt"] == done
+
+
+def _note_evaluation(result: FitResult, found: dict[str, Any], best: str | None) -> None:
+    """One more evaluation, and whether it is the best."""
+    result.evaluations.append(found)
+    if best is None:
+        return
     name, sign = (best[1:], -1) if best.startswith("-") else (best, 1)
-    if name not in found:
-        raise ValueError(
-            f"best={best!r} names no metric of the evaluation; legal are {', '.join(found)}, or -NAME to shrink one"
-        )
+    if name not in found or name == "attempt":
+        legal = ", ".join(word for word in found if word != "attempt")
+        raise ValueError(f"best={best!r} names no metric of the evaluation; legal are {legal}, or -NAME to shrink one")
     if math.isnan(found[name]):  # of no weight, or diverged: neither best, nor in the way of a best
         return
     if result.best is None or sign * found[name] > sign * result.best[0]:
-        result.best = (found[name], done)
+        result.best = (found[name], found["attempt"])
+
+
+def _out_of_patience(result: FitResult, patience: int | None) -> bool:
+    since = [e["attempt"] for e in result.evaluations if result.best is None or e["attempt"] > result.best[1]]
+    return patience is not None and bool(result.evaluations) and len(since) >= patience
 
 
 def _why(step: Any, state: Any, batch: Batch, scalars: dict[str, float], hooks: Sequence[Hook], attempt: int) -> str:

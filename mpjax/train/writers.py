@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
-from mpjax.train.loop import FitResult, Hook
+from mpjax.train.hooks import FitResult, Hook
 
 
 class JsonlWriter(Hook):
     """One JSON object a line: `{"attempt": 3, "step": {...}}` for each step, `{"attempt": 3, "eval": {...}}` for each evaluation.
 
     A number that JSON has no word for is written as the string "nan", "inf" or "-inf". Lines are appended and flushed as
-    they come, so that a run that dies keeps what it measured.
+    they come, so that a run that dies keeps what it measured. A run that goes on may write an attempt again: the later line
+    holds. What a kill left of a last line stays a line of its own.
 
     Args:
       path: the file; its folder is made.
@@ -23,6 +25,9 @@ class JsonlWriter(Hook):
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab+") as file:
+            if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read() != b"\n":
+                file.write(b"\n")
         self._file = self.path.open("a", buffering=1, encoding="utf-8")  # by the line
 
     def on_step(self, attempt: int, metrics: dict[str, float]) -> None:
@@ -95,7 +100,9 @@ class ProgressBar(Hook):
 
     def on_step(self, attempt: int, metrics: dict[str, float]) -> None:
         loss, scale, skipped = (metrics[name] for name in ("loss", "loss_scale", "skipped"))
-        self._bar.update(self._task, advance=1, loss=f"{loss:.4f}", scale=f"{scale:g}", skipped=f"{skipped:.0f}")
+        self._bar.update(
+            self._task, completed=attempt + 1, loss=f"{loss:.4f}", scale=f"{scale:g}", skipped=f"{skipped:.0f}"
+        )
 
     def on_end(self, result: FitResult) -> None:
         self._bar.stop()

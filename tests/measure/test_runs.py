@@ -8,7 +8,7 @@ import math
 import pytest
 
 from mpjax.measure.runs import exponent_counts, read_runs
-from mpjax.train.loop import FitResult
+from mpjax.train.hooks import FitResult
 from mpjax.train.writers import JsonlWriter
 
 

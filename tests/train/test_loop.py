@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import signal
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,12 +16,13 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-import mpjax.train.loop
+import mpjax.train.clock
 from mpjax.numerics.loss_scale import dynamic_loss_scale
 from mpjax.train.evaluate import evaluate, make_eval_step
-from mpjax.train.loop import FitResult, Hook, NonFiniteError, fit
+from mpjax.train.hooks import FitResult, Hook, NonFiniteError
+from mpjax.train.loop import fit
 from mpjax.train.seeds import epoch_batches, seeds
-from mpjax.train.state import Aux, TrainState
+from mpjax.train.state import Aux, TrainState, own_copy
 from mpjax.train.step import make_train_step
 from mpjax.train.writers import JsonlWriter, ProgressBar, TensorBoardWriter
 from tests.train.toys import fingerprint, held, linear_model
@@ -346,6 +349,17 @@ def test_a_hook_gets_the_metrics_of_the_history():
     assert told == result.history + result.evaluations
 
 
+def test_every_hook_hears_of_the_end_whatever_another_raises():
+    class Full(Hook):
+        def on_end(self, result):
+            raise OSError("disk full")
+
+    records = [Record(), Record()]
+    with pytest.raises(OSError, match="disk full"):
+        fit(STEP, new_state(), batch_of, attempts=1, hooks=[records[0], Full(), records[1]])
+    assert [record.events[-1] for record in records] == [("end", "done")] * 2
+
+
 def test_hooks_hear_of_an_evaluation_after_the_steps_before_it():
     record = Record()
     fit(
@@ -366,7 +380,7 @@ def test_hooks_hear_of_the_end_also_after_an_error():
     record = Record()
     with pytest.raises(OSError, match="disk"):
         fit(STEP, new_state(), batches, attempts=9, hooks=[record])
-    assert [event for event in record.events if event[0] == "end"] == [("end", "done")]
+    assert [event for event in record.events if event[0] == "end"] == [("end", "failed")]
     assert int(record.result.state.step) == 2
 
 
@@ -479,7 +493,74 @@ def test_evaluations_are_logged(caplog):
     ]
 
 
-# ---- Ctrl-C, and the clock -------------------------------------------------------------------------------------------
+# ---- a run that goes on with what an earlier part of it gave -----------------------------------------------------------
+
+
+def restored(result: FitResult) -> FitResult:
+    """The result with a state of its own, as from a checkpoint: `fit` takes the memory of the one that it is given."""
+    return dataclasses.replace(result, state=own_copy(result.state))
+
+
+def accuracies(*values: float) -> dict[str, Any]:
+    """Options of a run that evaluates after each attempt, and finds these."""
+    return {"eval_step": scripted(*values), "eval_batches": EVAL_BATCHES[:1], "eval_every": 1, "best": "accuracy"}
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 5])
+def test_parts_of_a_run_give_together_what_it_gives_at_once(stop):
+    """With an evaluation after every second attempt, and one at the end of the first part, which a straight run makes
+    only if it is due there."""
+    options = {"eval_step": EVAL_STEP, "eval_batches": EVAL_BATCHES, "eval_every": 2, "best": "-loss"}
+    straight = fit(STEP, new_state(), batch_of, attempts=6, **options)
+    part = fit(STEP, new_state(), batch_of, attempts=stop, **options)
+    part.evaluations = [found for found in part.evaluations if found["attempt"] % 2 == 0]
+    kept = restored(part)
+    whole = fit(STEP, kept.state, batch_of, attempts=6, earlier=kept, **options)
+    assert (whole.history, whole.evaluations, whole.best) == (straight.history, straight.evaluations, straight.best)
+    assert fingerprint(whole.state) == fingerprint(straight.state) and whole.stopped == "done"
+    assert len(kept.history) == len(part.history) == stop  # what is given is not written to
+
+
+def test_what_was_measured_after_the_state_is_dropped():
+    """The run went on from an older checkpoint than its last."""
+    far = fit(STEP, new_state(), batch_of, attempts=5, **accuracies(0.5, 0.25, 0.125, 0.75, 0.25))
+    near = fit(STEP, new_state(), batch_of, attempts=3).state
+    again = fit(STEP, near, batch_of, attempts=4, earlier=far, **accuracies(0.375))
+    assert [row["attempt"] for row in again.history] == [0, 1, 2, 3]
+    assert [(found["attempt"], found["accuracy"]) for found in again.evaluations] == [
+        (1, 0.5), (2, 0.25), (3, 0.125), (4, 0.375)
+    ]  # fmt: skip
+    assert again.best == (0.5, 1) and far.best == (0.75, 4)
+
+
+def test_patience_counts_on_and_at_its_end_no_step_is_made():
+    part = restored(fit(STEP, new_state(), batch_of, attempts=3, **accuracies(0.5, 0.25, 0.125)))
+    result = fit(STEP, part.state, batch_of, attempts=9, patience=3, earlier=part, **accuracies(0.375))
+    assert (result.stopped, len(result.history), result.best) == ("early", 4, (0.5, 1))
+    over = restored(result)
+    result = fit(STEP, over.state, batch_of, attempts=9, patience=3, earlier=over, **accuracies())
+    assert (result.stopped, len(result.history), len(result.evaluations)) == ("early", 4, 4)
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_an_evaluation_that_was_due_is_made_when_the_run_goes_on(made):
+    """A checkpoint may be from before the evaluation at its own step, and the evaluation may have been left."""
+    part = restored(fit(STEP, new_state(), batch_of, attempts=2, **accuracies(0.5, 0.25)))
+    if not made:
+        del part.evaluations[-1]
+    events: list[tuple] = []
+    result = fit(
+        STEP, part.state, batch_of, attempts=3, hooks=[Record(events)], earlier=part, **accuracies(0.75, 0.125)
+    )
+    assert [found["accuracy"] for found in result.evaluations] == [
+        0.5,
+        *([0.25] if made else [0.75]),
+        *([0.75] if made else [0.125]),
+    ]
+    assert [event for event in events if event[0] == "eval"] == [*([] if made else [("eval", 2)]), ("eval", 3)]
+
+
+# ---- SIGTERM, Ctrl-C, and the clock ----------------------------------------------------------------------------------
 
 
 def test_ctrl_c_ends_the_run_with_what_was_measured(caplog):
@@ -508,23 +589,102 @@ def ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
+SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+
+
+@SIGNALS
 @pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("when", ["first", "later"])
-def test_ctrl_c_in_the_middle_of_a_step_loses_nothing(when):
+def test_a_signal_in_the_middle_of_a_step_loses_nothing(when, number):
     """The signal comes when the old state is donated and the new one is not yet anybody's."""
     hit = {"first": 0, "later": 3}[when]
 
     def step(state, batch):
         after = STEP(state, batch)
         if int(after[0].step) == hit + 1:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return after
 
-    before = signal.getsignal(signal.SIGINT)
-    result = fit(step, new_state(), batch_of, attempts=9)
-    assert result.stopped == "interrupted" and signal.getsignal(signal.SIGINT) is before
+    before, record = signal.getsignal(number), Record()
+    options = {"eval_step": EVAL_STEP, "eval_batches": EVAL_BATCHES, "eval_every": hit + 1}
+    result = fit(step, new_state(), batch_of, attempts=9, hooks=[record], **options)
+    assert result.stopped == "interrupted" and signal.getsignal(number) is before
     straight = fit(STEP, new_state(), batch_of, attempts=hit + 1)
     assert fingerprint(result.state) == fingerprint(straight.state) and result.history == straight.history
+    assert record.events[-3:] == [
+        ("state", hit),
+        ("step", hit),
+        ("end", "interrupted"),
+    ]  # and no evaluation, due or not
+
+
+@SIGNALS
+@pytest.mark.usefixtures("ctrl_c")
+def test_a_signal_before_the_first_step_prevents_it(number):
+    drawn = []
+
+    class Early(list):
+        """Held-out batches: `fit` asks how many there are before it begins."""
+
+        def __iter__(self):
+            signal.raise_signal(number)
+            return super().__iter__()
+
+    part = restored(fit(STEP, new_state(), batch_of, attempts=1))
+    before = fingerprint(part.state)
+    result = fit(
+        STEP, part.state, drawn.append, attempts=9, earlier=part,
+        eval_step=EVAL_STEP, eval_batches=Early(EVAL_BATCHES), eval_every=1,
+    )  # fmt: skip
+    assert (result.stopped, result.evaluations, drawn) == ("interrupted", [], [])
+    assert fingerprint(result.state) == before and len(result.history) == 1
+
+
+@SIGNALS
+@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.parametrize("attempts", [2, 9])
+def test_an_evaluation_is_left_between_two_batches_and_made_later(number, attempts):
+    """After two attempts, of which there are to be no more, or more."""
+    seen = []
+
+    def eval_step(state, batch):
+        if not seen:
+            signal.raise_signal(number)
+        seen.append(batch)
+        return EVAL_STEP(state, batch)
+
+    options = {"eval_batches": EVAL_BATCHES, "eval_every": 2}
+    result = fit(eval_step=eval_step, step=STEP, state=new_state(), batches=batch_of, attempts=attempts, **options)
+    assert (result.stopped, len(seen), result.evaluations, len(result.history)) == ("interrupted", 1, [], 2)
+    kept = restored(result)
+    result = fit(STEP, kept.state, batch_of, attempts=attempts, eval_step=EVAL_STEP, earlier=kept, **options)
+    straight = fit(STEP, new_state(), batch_of, attempts=attempts, eval_step=EVAL_STEP, **options)
+    assert (result.evaluations, result.history) == (straight.evaluations, straight.history)
+
+
+@SIGNALS
+@pytest.mark.usefixtures("ctrl_c")
+def test_a_signal_while_hooks_are_told_of_the_end_is_not_lost(number):
+    class Save(Hook):
+        def on_end(self, result):
+            signal.raise_signal(number)
+
+    assert fit(STEP, new_state(), batch_of, attempts=2, hooks=[Save()]).stopped == "interrupted"
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_a_second_ctrl_c_in_a_notebook_leaves_at_once(monkeypatch):
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+
+    def step(state, batch):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("it went on")
+
+    record = Record()
+    with pytest.raises(KeyboardInterrupt):
+        fit(step, new_state(), batch_of, attempts=9, hooks=[record])
+    assert record.events == [("end", "left")] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_it_runs_in_a_thread_which_may_not_handle_signals():
@@ -534,11 +694,11 @@ def test_it_runs_in_a_thread_which_may_not_handle_signals():
 
 
 class Hours:
-    """A clock that moves only when told to, in place of the module `time` in the loop."""
+    """A clock that moves only when told to, in place of the module `time`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.now = 0.0
-        monkeypatch.setattr(mpjax.train.loop, "time", self)
+        monkeypatch.setattr(mpjax.train.clock, "time", self)
 
     def perf_counter(self) -> float:
         return self.now
@@ -576,6 +736,27 @@ def test_an_interrupted_run_has_the_speed_that_it_had(monkeypatch):
         eval_step=clock.slow(EVAL_STEP, [30.0]), eval_batches=EVAL_BATCHES, eval_every=4,
     )  # fmt: skip
     assert result.stopped == "interrupted" and result.steps_per_second == 2.0
+
+
+def test_speed_does_not_count_what_a_hook_waits_for(monkeypatch):
+    """Each step takes half a second, each save 30. What a save is of has been told before it."""
+    clock, events = Hours(monkeypatch), []
+
+    class Save(Record):
+        def waits(self, attempt):
+            return attempt % 2 == 1
+
+        def on_state(self, attempt, state):
+            super().on_state(attempt, state)
+            clock.now += 30.0 * self.waits(attempt)
+
+    result = fit(clock.slow(STEP, [100.0, 0.5]), new_state(), batch_of, attempts=6, hooks=[Save(events)])
+    assert result.steps_per_second == 2.0
+    assert events == [
+        ("state", 0), ("step", 0), ("step", 1), ("state", 1),
+        ("state", 2), ("step", 2), ("step", 3), ("state", 3),
+        ("state", 4), ("step", 4), ("step", 5), ("state", 5), ("end", "done"),
+    ]  # fmt: skip
 
 
 def test_one_step_has_no_speed():

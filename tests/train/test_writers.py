@@ -14,7 +14,7 @@ import pytest
 import rich.console
 import rich.progress
 
-from mpjax.train.loop import FitResult
+from mpjax.train.hooks import FitResult
 from mpjax.train.writers import JsonlWriter, ProgressBar, TensorBoardWriter
 
 METRICS = {"loss": 0.1, "loss_scale": 32768.0, "skipped": 2.0}
@@ -69,6 +69,17 @@ def test_a_run_that_dies_keeps_each_line_that_it_wrote(tmp_path):
         writer.on_step(attempt, METRICS)
         assert lines(writer.path)[-1]["attempt"] == attempt
     writer.on_end(FitResult(None))
+
+
+@pytest.mark.parametrize("left", ["", '{"attempt": 1, "st', '{"attempt": 1, "step": {}}'])
+def test_after_a_kill_a_new_line_is_begun(left, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"attempt": 0, "step": {}}\n' + left)
+    writer = JsonlWriter(path)
+    writer.on_step(1, METRICS)
+    writer.on_end(FitResult(None))
+    assert path.read_text().splitlines()[1:-1] == ([left] if left else [])
+    assert json.loads(path.read_text().splitlines()[-1]) == {"attempt": 1, "step": METRICS}
 
 
 def test_a_resumed_run_appends(tmp_path):
