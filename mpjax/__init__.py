@@ -55,6 +55,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "policy.policy": ("Policy", "cast_to_full", "cast_to_half", "get_policy"),
     "policy.rules": ("PolicyMap",),
     "store.checkpoint": ("Checkpointer",),
+    "store.hook": ("CheckpointHook",),
     "store.manifest": ("CheckpointError", "CheckpointWarning"),
     "store.meta": ("CheckpointInfo",),
     "train.advice": ("check_optimizer",),
@@ -120,6 +121,7 @@ if TYPE_CHECKING:
     )
     from mpjax.policy.rules import PolicyMap as PolicyMap
     from mpjax.store.checkpoint import Checkpointer as Checkpointer
+    from mpjax.store.hook import CheckpointHook as CheckpointHook
     from mpjax.store.manifest import CheckpointError as CheckpointError, CheckpointWarning as CheckpointWarning
     from mpjax.store.meta import CheckpointInfo as CheckpointInfo
     from mpjax.train.advice import check_optimizer as check_optimizer

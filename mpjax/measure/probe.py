@@ -20,6 +20,7 @@ from mpjax.policy.patterns import governs
 from mpjax.train.hooks import Hook
 from mpjax.train.state import TrainState
 from mpjax.train.step import TrainStep
+from mpjax.train.writers import append_to
 
 
 class NothingToProbeError(ValueError):
@@ -150,6 +151,5 @@ class ProbeLog(Hook):
     def on_probe(self, attempt: int, metrics: dict[str, float], found: dict[str, Any]) -> None:
         self.reports.append(ProbeReport.of(found, attempt, metrics.get("loss_scale", 1.0)))
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
+            with append_to(self.path) as file:
                 file.write(self.reports[-1].to_json() + "\n")

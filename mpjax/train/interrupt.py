@@ -27,6 +27,9 @@ class Interrupts:
     SIGTERM would end the process with it. After the first signal both do again what they did before. Only, in a script
     Python's own Ctrl-C becomes the system's, which ends the process also while compiled code runs.
 
+    Python hears a signal between two of its own instructions: what comes while compiled code runs is heard when that
+    returns, and twice the same counts once.
+
     Nothing is changed outside the main thread, which alone may set handlers, nor for a signal that is ignored or whose
     handler is not Python's.
     """

@@ -45,8 +45,9 @@ def fit(
 
     SIGTERM, which comes before a machine is taken away, and Ctrl-C (SIGINT) let it finish the step in flight; then it
     stops, tells the hooks of the end (`CheckpointHook` saves there) and returns. An evaluation in progress is left between
-    two batches, and made when the run goes on. A second signal leaves at once: it does what it did before `fit` took hold of it,
-    but that Ctrl-C ends a script also inside compiled code. All this in the main thread only, and not for a signal that is
+    two batches, and made when the run goes on. A second signal, once the first was heard (Python hears none inside
+    compiled code), leaves at once: it does what it did before `fit` took hold of it, but that Ctrl-C ends a script also
+    inside compiled code. All this in the main thread only, and not for a signal that is
     ignored; when `fit` returns, the handlers are what they were.
 
     Args:

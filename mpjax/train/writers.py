@@ -6,7 +6,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from mpjax.train.hooks import FitResult, Hook
 
@@ -24,11 +24,7 @@ class JsonlWriter(Hook):
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab+") as file:
-            if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read() != b"\n":
-                file.write(b"\n")
-        self._file = self.path.open("a", buffering=1, encoding="utf-8")  # by the line
+        self._file = append_to(self.path)
 
     def on_step(self, attempt: int, metrics: dict[str, float]) -> None:
         self._write(attempt, "step", metrics)
@@ -42,6 +38,15 @@ class JsonlWriter(Hook):
     def _write(self, attempt: int, kind: str, metrics: dict[str, float]) -> None:
         line = {"attempt": attempt, kind: {name: _word(value) for name, value in metrics.items()}}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
+
+
+def append_to(path: Path) -> TextIO:
+    """A file of lines, open for more, each written as it ends: its folder is made, and what a kill left of a last line ended."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read() != b"\n":
+            file.write(b"\n")
+    return path.open("a", buffering=1, encoding="utf-8")
 
 
 def _word(value: float) -> float | str:

@@ -183,12 +183,14 @@ def test_every_nth_call_is_probed_and_each_variant_is_compiled_once():
 
 def test_fit_hands_readings_to_the_hooks_and_the_log_writes_them(tmp_path):
     loss_fn, optimizer, state = parts("linen", "loop", "mixed_float16")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "probe.jsonl").write_text('{"attempt": 0, "read')  # what a kill left
     log = ProbeLog(tmp_path / "run" / "probe.jsonl")
     step = probe(mpjax.make_train_step(loss_fn, optimizer), every=2)
     result = mpjax.fit(step, state, lambda n: X, attempts=5, hooks=[log])
     assert [report.attempt for report in log.reports] == [0, 2, 4]
     assert all(set(m) == set(result.history[1]) for m in result.history)  # scalars only, as ever
-    lines = [json.loads(line) for line in (tmp_path / "run" / "probe.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "probe.jsonl").read_text().splitlines()[1:]]
     assert [line["attempt"] for line in lines] == [0, 2, 4] and lines[0]["loss_scale"] == 2.0**15
     head = next(r for r in lines[0]["readings"] if (r["path"], r["kind"]) == ("head", "activation"))
     assert sum(head["exponents"].values()) + head["zero"] == head["count"] == 3 * 8 * 2

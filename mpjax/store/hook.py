@@ -1,0 +1,120 @@
+"""Checkpoints beside training: what saves them, and what a run needs to go on from one."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from mpjax.store.checkpoint import Checkpointer
+from mpjax.store.manifest import CheckpointWarning
+from mpjax.train.hooks import FitResult, Hook
+
+logger = logging.getLogger("mpjax")
+
+EVALUATIONS = "evaluations"
+
+
+class CheckpointHook(Hook):
+    """Saves the state after every `checkpointer.every` attempts and at the end of a run, and lets the next run go on.
+
+        hook = CheckpointHook(Checkpointer("run/checkpoints", every=500), policy=model.policy)
+        earlier = hook.resume(state)     # of the newest checkpoint; of `state` itself, where there is none
+        result = fit(step, earlier.state, batches, attempts=10_000, hooks=[hook], earlier=earlier)
+
+    The end is also that of a run that SIGTERM, Ctrl-C or an error ends. If the state cannot be saved after an error, that
+    is a warning, and the error stays what it was; after a second signal nothing is saved.
+
+    With each state go the evaluations before it, so that `best` and `patience` count on. The metrics of single attempts
+    do not: `JsonlWriter` writes them down, each before the checkpoint that counts it.
+
+    Args:
+      checkpointer: says where, how often, and how many stay.
+      policy: the policy or map that the model computes by, to stand beside the state: `model.policy`.
+      allow_nonfinite: as in `Checkpointer.save`.
+
+    >>> import tempfile, jax.numpy as jnp, optax, mpjax
+    >>> model = mpjax.Model(lambda rng, x: ({"w": jnp.zeros(2)}, {}), lambda p, m, x, rng=None: (x @ p["w"], m))
+    >>> job = mpjax.Job(model, lambda p, m, x, rng: ((model.apply(p, m, x)[0] - 1) ** 2).mean(), optax.sgd(0.1),
+    ...                 lambda n: jnp.ones((4, 2)), sample=(jnp.ones((1, 2)),))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for attempts in (3, 5):
+    ...         hook = CheckpointHook(Checkpointer(folder))
+    ...         earlier = hook.resume(job.state(jax.random.key(0)))
+    ...         result = mpjax.fit(job.step(), earlier.state, job.batches, attempts=attempts, hooks=[hook], earlier=earlier)
+    ...         print([row["attempt"] for row in result.history])
+    [0, 1, 2]
+    [3, 4]
+    """
+
+    def __init__(
+        self, checkpointer: Checkpointer, *, policy: Any = None, allow_nonfinite: bool | Sequence[str] = False
+    ):
+        self.checkpointer, self.policy, self.allow_nonfinite = checkpointer, policy, allow_nonfinite
+        self._evaluations: list[dict[str, float]] = []
+        self._saved: int | None = None
+
+    def resume(self, like: Any) -> FitResult:
+        """What an earlier part of the run left, as `fit` takes it: state and evaluations of the newest whole checkpoint.
+
+        Args:
+          like: a state made as that of the run was; only read. Where there is no checkpoint it is the state.
+
+        Raises:
+          CheckpointError: there are checkpoints, but none is whole, or the newest does not fit `like`.
+        """
+        if not self.checkpointer.steps():
+            return FitResult(like)
+        state = self.checkpointer.restore(like)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CheckpointWarning)  # `restore` has just said it
+            info = self.checkpointer.info()
+        self._saved = info.step
+        self._evaluations = [_numbers(found) for found in info.extra.get(EVALUATIONS, [])]
+        logger.info("going on from the checkpoint of step %d in %s", info.step, self.checkpointer.directory)
+        return FitResult(state, evaluations=list(self._evaluations))
+
+    def waits(self, attempt: int) -> bool:
+        """At a state that is saved, so that the metrics which lead to it are written first."""
+        return (attempt + 1) % self.checkpointer.every == 0
+
+    def on_state(self, attempt: int, state: Any) -> None:
+        """Save it, if it is its turn."""
+        if self.waits(attempt):
+            self._save(attempt + 1, state)
+
+    def on_eval(self, attempt: int, metrics: dict[str, float]) -> None:
+        """Keep it for the next save."""
+        self._evaluations.append({"attempt": attempt, **metrics})
+
+    def on_end(self, result: FitResult) -> None:
+        """Save the last state, unless it is saved; wait for a save in progress."""
+        if result.stopped == "left":
+            return
+        try:
+            step = sum(int(x) for x in jax.device_get((result.state.step, result.state.skipped)))
+            if step != self._saved:
+                self._save(step, result.state)
+            self.checkpointer.wait()
+        except Exception as error:
+            if result.stopped != "failed":
+                raise
+            logger.warning("the state at the end was not saved: %s", error)
+
+    def _save(self, step: int, state: Any) -> None:
+        extra = {EVALUATIONS: [{name: _word(x) for name, x in found.items()} for found in self._evaluations]}
+        self.checkpointer.save(state, step, policy=self.policy, extra=extra, allow_nonfinite=self.allow_nonfinite)
+        self._saved = step
+
+
+def _word(value: float) -> float | str:
+    """As JSON can say it."""
+    return value if math.isfinite(value) else str(value)
+
+
+def _numbers(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: int(x) if name == "attempt" else float(x) for name, x in found.items()}
