@@ -49,8 +49,12 @@ class Config:
     """Init, data order and rng are derived from it (mpjax.seeds)."""
     devices: int = 1
     """Devices among which the rows of a batch are shared; 0 for all."""
-    workdir: str = "runs"
-    """Folder in which the run folder is made."""
+    workdir: str | None = None
+    """The run's own folder; if it holds this run, it goes on. Default: a new one, runs/mlp_jax-date-time."""
+    resume: bool = True
+    """Whether to go on with the run in workdir; --no-resume refuses a folder that holds one."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; 0: only at the end and at a signal. Default: a tenth of the steps."""
     progress: bool = True
     """Show a progress bar."""
 
@@ -114,12 +118,13 @@ def step_options(config: Config) -> dict:
 def main(config: Config) -> list[dict]:
     """Train under each policy and compare; returns the rows of the table."""
     policies = _run.policy_maps(config.policies)
-    folder = _run.open_folder(config.workdir, "mlp_jax", config)
-    return _run.compare(
-        policies, lambda policy: make_job(config, policy), folder,
+    folder = _run.open_folder(config, "mlp_jax")
+    plan = _run.Plan(
         attempts=config.steps, eval_every=config.eval_every, seeds=mpjax.seeds(config.seed),
         step_options=step_options(config), progress=config.progress, devices=config.devices,
+        checkpoint_every=config.checkpoint_every,
     )  # fmt: skip
+    return _run.compare(policies, lambda policy: make_job(config, policy), folder, plan)
 
 
 if __name__ == "__main__":

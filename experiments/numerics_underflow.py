@@ -45,8 +45,8 @@ class Config:
     """The static loss scale, a factor."""
     seed: int = 0
     """Weights and data are derived from it (mpjax.seeds)."""
-    workdir: str = "runs"
-    """Folder in which the run folder is made."""
+    workdir: str | None = None
+    """The run's own folder, new or empty. Default: runs/numerics_underflow-date-time."""
 
 
 def init(config: Config, seeds: mpjax.Seeds) -> list[np.ndarray]:
@@ -87,6 +87,7 @@ def gradients(config: Config, dtype: str, loss_scale) -> tuple[list[np.ndarray],
 
 def main(config: Config) -> dict[str, dict[str, list[float]]]:
     """Compare the four; returns for each the vanished share and the relative error of every layer."""
+    folder = _run.open_folder(config, "numerics_underflow", goes_on=False)
     with jax.enable_x64(True):
         reference, _ = gradients(config, "f64", mpjax.NoOpLossScale())
     runs = {
@@ -101,7 +102,6 @@ def main(config: Config) -> dict[str, dict[str, list[float]]]:
         error = [float(np.linalg.norm(g - r) / np.linalg.norm(r)) for g, r in pairs]
         found[name] = {"vanished": vanished, "error": error}
     layers = [f"layer {n}" for n in range(len(reference))]
-    folder = _run.open_folder(config.workdir, "numerics_underflow", config)
     rows = [
         {
             "run": name,
@@ -112,11 +112,12 @@ def main(config: Config) -> dict[str, dict[str, list[float]]]:
         for name, v in found.items()
     ]
     Console().print(policy_table(rows, title="float16 gradients against float64"))
-    (folder / "table.md").write_text(to_markdown(rows) + "\n")
-    (folder / "layers.json").write_text(json.dumps({"layers": layers, **found}, indent=2) + "\n")
-    shares = {name: v["vanished"] for name, v in found.items()}
-    gradient_underflow(layers, shares, {name: v["error"] for name, v in found.items()}, folder / "underflow.png")
-    Console().print(f"written to {folder}: config.json, layers.json, table.md, underflow.png")
+    shares, errors = ({name: v[key] for name, v in found.items()} for key in ("vanished", "error"))
+    with folder.begin() as path:
+        (path / "layers.json").write_text(json.dumps({"layers": layers, **found}, indent=2) + "\n")
+        gradient_underflow(layers, shares, errors, path / "underflow.png")
+        (path / "table.md").write_text(to_markdown(rows) + "\n")
+    Console().print(f"written to {path}: config.json, layers.json, table.md, underflow.png")
     return found
 
 

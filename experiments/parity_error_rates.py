@@ -46,8 +46,8 @@ class Config:
     """Of each one-sided test."""
     seed: int = 0
     """Of the draws."""
-    workdir: str = "runs"
-    """Folder in which the run folder is made."""
+    workdir: str | None = None
+    """The run's own folder, new or empty. Default: runs/parity_error_rates-date-time."""
 
 
 def draw(law: str, random: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
@@ -127,17 +127,18 @@ def named(config: Config, random: np.random.Generator) -> list[dict[str, Any]]:
 
 def main(config: Config) -> dict[str, list[dict[str, Any]]]:
     """Simulate, show and write; returns the rows of each table."""
+    folder = _run.open_folder(config, "parity_error_rates", goes_on=False)
     random = np.random.default_rng(config.seed)
     tables = rates(config, random)
     tables |= {"looks": looks(config, random), "needed": needed(config, random), "named": named(config, random)}
-    folder = _run.open_folder(config.workdir, "parity_error_rates", config)
-    (folder / "table.json").write_text(json.dumps(tables, indent=1) + "\n")
     text = []
     for name, rows in tables.items():
         Console().print(policy_table(rows, title=name))
         text.append(f"## {name}\n\n{to_markdown(rows)}\n")
-    (folder / "table.md").write_text("\n".join(text))
-    Console(soft_wrap=True).print(f"written to {folder}: config.json, table.json, table.md", highlight=False)
+    with folder.begin() as path:
+        (path / "table.json").write_text(json.dumps(tables, indent=1) + "\n")
+        (path / "table.md").write_text("\n".join(text))
+    Console(soft_wrap=True).print(f"written to {path}: config.json, table.json, table.md", highlight=False)
     return tables
 
 

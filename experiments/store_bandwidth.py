@@ -23,6 +23,7 @@ import os
 import shutil
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -54,8 +55,9 @@ class Config:
     """Rounds that count."""
     seed: int = 0
     """Of the params."""
-    workdir: str = "runs"
-    """Folder in which the run folder is made; what is saved lies there too until the end, and is measured on its disk."""
+    workdir: str | None = None
+    """The run's own folder, new or empty; what is saved lies there until the end, and is measured on its disk. Default:
+    runs/store_bandwidth-date-time."""
 
 
 def params(config: Config) -> Tree:
@@ -215,18 +217,16 @@ def spread(numbers: list[float]) -> str:
 
 def main(config: Config) -> dict[str, list[dict[str, float]]]:
     """Measure, show and write; returns the rounds of each way."""
+    opened = _run.open_folder(config, "store_bandwidth", goes_on=False)
     logging.disable(logging.WARNING)  # Orbax says two dozen lines a save
     tree = params(config)
-    folder = _run.open_folder(config.workdir, "store_bandwidth", config).absolute()
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
-    try:
+    with opened.begin() as folder, tempfile.TemporaryDirectory(dir=folder.absolute()) as saved:
         for n in range(config.repeats + 1):
             names = list(WAYS)[n % len(WAYS) :] + list(WAYS)[: n % len(WAYS)]
             for name in names:
-                found = measure(WAYS[name], folder / "saved" / str(n), tree)
+                found = measure(WAYS[name], Path(saved) / str(n), tree)
                 rounds[name] += [found] if n else []
-    finally:
-        shutil.rmtree(folder / "saved", ignore_errors=True)
 
     def column(name: str, key: str) -> list[float]:
         return [found[key] for found in rounds[name]]

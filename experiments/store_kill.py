@@ -69,8 +69,8 @@ class Config:
     """A fault put into the saving process, which the checks must see."""
     seed: int = 0
     """Of the states and the moments."""
-    workdir: str = "runs"
-    """Folder in which the run folder is made."""
+    workdir: str | None = None
+    """The run's own folder, new or empty. Default: runs/store_kill-date-time."""
 
 
 def state_of(config: Config, step: int) -> dict[str, Any]:
@@ -218,9 +218,10 @@ def main(config: Config) -> list[dict[str, Any]]:
     Raises:
       SystemExit: something that was saved was lost, or something else was wrong.
     """
+    opened = _run.open_folder(config, "store_kill", goes_on=False)
     logging.disable(logging.WARNING)  # Orbax says two dozen lines a save, and each restore of an older step warns
-    folder = _run.open_folder(config.workdir, "store_kill", config)
-    rows, lengths = run(config, folder)
+    with opened.begin() as folder:
+        rows, lengths = run(config, folder)
     table = []
     for phase in (*PHASES, "saved"):
         hits = [row for row in rows if row["hit"] == phase]

@@ -59,8 +59,12 @@ class Config:
     """Devices among which the rows of a batch are shared; 0 for all."""
     probe_every: int = 0
     """Steps between probes, which count exponents by module (`mpjax plot` draws them); 0 for none."""
-    workdir: str = "runs"
-    """Folder in which the run folder is made."""
+    workdir: str | None = None
+    """The run's own folder; if it holds this run, it goes on. Default: a new one, runs/vision_digits-date-time."""
+    resume: bool = True
+    """Whether to go on with the run in workdir; --no-resume refuses a folder that holds one."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; 0: only at the end and at a signal. Default: a tenth of the steps."""
     progress: bool = True
     """Show a progress bar."""
 
@@ -136,12 +140,13 @@ def step_options(config: Config) -> dict:
 def main(config: Config) -> list[dict]:
     """Train under each policy and compare; returns the rows of the table."""
     policies = _run.policy_maps(config.policies, config.rules, by_path=BY_PATH)
-    folder = _run.open_folder(config.workdir, "vision_digits", config)
-    return _run.compare(
-        policies, lambda policy: make_job(config, policy), folder,
+    folder = _run.open_folder(config, "vision_digits")
+    plan = _run.Plan(
         attempts=config.steps, eval_every=config.eval_every, seeds=mpjax.seeds(config.seed),
         step_options=step_options(config), progress=config.progress, devices=config.devices, probe_every=config.probe_every,
+        checkpoint_every=config.checkpoint_every,
     )  # fmt: skip
+    return _run.compare(policies, lambda policy: make_job(config, policy), folder, plan)
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ def test_what_parity_trains_is_what_main_trains(experiment, tmp_path, monkeypatc
     text = np.zeros(1000, np.uint8)
     monkeypatch.setattr(_data, "shakespeare", lambda: _data.Split({"text": text}, {"text": text}))
     seen = {}
-    monkeypatch.setattr(_run, "compare", lambda *args, **settings: seen.update(settings))
+    monkeypatch.setattr(_run, "compare", lambda policies, make_job, folder, plan: seen.update(vars(plan)))
     settings = {"clip_norm": 0.5, "accumulate": 2, "steps": 9}
     names = [field.name for field in dataclasses.fields(experiment.Config) if field.name in settings]
     experiment.main(experiment.Config(workdir=str(tmp_path), **{name: settings[name] for name in names}))

@@ -190,6 +190,6 @@ def experiment_names() -> list[str]:
 def checkout() -> Path | None:
     """The folder that holds the experiments: that of the source mpjax runs from, else the one that one stands in."""
     for root in (Path(mpjax.__file__).parents[1], Path.cwd()):
-        if (root / "experiments" / "_run.py").exists():
+        if (root / "experiments" / "_run").is_dir():
             return root
     return None

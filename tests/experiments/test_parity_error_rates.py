@@ -35,6 +35,6 @@ def test_normal_differences_keep_alpha_and_skewed_ones_do_not(tmp_path):
         assert row["simulated (%)"] > 80 - 4 * 50 / math.sqrt(draws)
     for row in tables["looks"]:
         assert row["one look (%)"] <= row["three looks (%)"]
-    (folder,) = tmp_path.iterdir()
+    folder = tmp_path
     assert json.loads((folder / "table.json").read_text()) == tables
     assert "## looks" in (folder / "table.md").read_text()

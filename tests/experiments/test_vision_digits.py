@@ -31,7 +31,7 @@ def run(tmp_path_factory):
         **SMALL,
     )
     rows = vision_digits.main(config)
-    return rows, next(workdir.iterdir())
+    return rows, workdir
 
 
 def test_it_learns_the_digits_in_each_policy(run):

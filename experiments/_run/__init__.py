@@ -1,0 +1,28 @@
+"""What experiments share: the command line, the run's folder, the comparison of policies, the table, the picture."""
+
+from __future__ import annotations
+
+from experiments import _data
+from experiments._run.command import Policies, Refused, Rules, parse, policy_maps, start
+from experiments._run.comparison import compare, report
+from experiments._run.folder import RunFolder, open_folder
+from experiments._run.training import Plan, Trained, data_parallel, on_mesh, train
+
+__all__ = [
+    "Plan",
+    "Policies",
+    "Refused",
+    "Rules",
+    "RunFolder",
+    "Trained",
+    "_data",
+    "compare",
+    "data_parallel",
+    "on_mesh",
+    "open_folder",
+    "parse",
+    "policy_maps",
+    "report",
+    "start",
+    "train",
+]
