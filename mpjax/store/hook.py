@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from mpjax.store.checkpoint import Checkpointer
-from mpjax.store.manifest import CheckpointWarning
 from mpjax.train.hooks import FitResult, Hook
 
 logger = logging.getLogger("mpjax")
@@ -69,10 +67,8 @@ class CheckpointHook(Hook):
         """
         if not self.checkpointer.steps():
             return FitResult(like)
-        state = self.checkpointer.restore(like)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", CheckpointWarning)  # `restore` has just said it
-            info = self.checkpointer.info()
+        state, info = self.checkpointer.restore(like), self.checkpointer.restored
+        assert info is not None
         self._saved = info.step
         self._evaluations = [_numbers(found) for found in info.extra.get(EVALUATIONS, [])]
         logger.info("going on from the checkpoint of step %d in %s", info.step, self.checkpointer.directory)
