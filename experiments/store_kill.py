@@ -226,7 +226,7 @@ def main(config: Config) -> list[dict[str, Any]]:
         hits = [row for row in rows if row["hit"] == phase]
         length = 1e3 * statistics.median(lengths[phase]) if lengths.get(phase) else None
         table.append({
-            "killed in": "between saves" if phase == "saved" else phase, "median length (ms)": length, "kills": len(hits),
+            "killed in": "outside of these" if phase == "saved" else phase, "median length (ms)": length, "kills": len(hits),
             "the step was there": sum(row["published"] for row in hits),
             "debris was there": sum(bool(row["debris"]) for row in hits),
             "failed": sum(bool(row["failures"]) for row in hits),
