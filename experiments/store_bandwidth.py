@@ -37,7 +37,7 @@ from rich.console import Console
 
 from experiments import _run
 from mpjax.measure.table import policy_table, to_markdown
-from mpjax.store import arrays, checkpoint
+from mpjax.store import arrays, checkpoint, saving
 
 Tree = dict[str, Any]
 
@@ -130,29 +130,30 @@ WAYS = {
 }  # fmt: skip
 
 PARTS = {
-    "refuse_nonfinite": "save: is it finite?",
-    "seal": "save: digests, fsync, manifest",
-    "check": "restore: digests",
+    (checkpoint, "refuse_nonfinite"): "save: is it finite?",
+    (saving, "seal"): "save: digests, fsync, manifest",
+    (checkpoint, "check"): "restore: digests",
 }
+"""From the function that does a part of the work, in the room that calls it, to the part in words."""
 
 
 @contextlib.contextmanager
 def parts_timed(seconds: dict[str, float]) -> Iterator[None]:
     """While this lasts, the last time that each part of a Checkpointer took is noted."""
 
-    def timed(name: str, function: Callable) -> Callable:
+    def timed(part: str, function: Callable) -> Callable:
         def run(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
-                seconds[PARTS[name]] = time.perf_counter() - start
+                seconds[part] = time.perf_counter() - start
 
         return run
 
     with contextlib.ExitStack() as stack:
-        for name in PARTS:
-            stack.enter_context(mock.patch.object(checkpoint, name, timed(name, getattr(checkpoint, name))))
+        for (room, name), part in PARTS.items():
+            stack.enter_context(mock.patch.object(room, name, timed(part, getattr(room, name))))
         yield
 
 

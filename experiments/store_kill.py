@@ -41,10 +41,10 @@ from rich.console import Console
 
 from experiments import _run
 from mpjax.measure.table import policy_table, to_markdown
-from mpjax.store import arrays, checkpoint, folders
+from mpjax.store import arrays, checkpoint, folders, saving
 from mpjax.store.manifest import CheckpointWarning
 
-PHASES = {"data": (arrays, "write"), "manifest": (checkpoint, "seal"), "rename": (folders, "publish"),
+PHASES = {"data": (arrays, "write"), "manifest": (saving, "seal"), "rename": (folders, "publish"),
           "prune": (folders, "remove")}  # fmt: skip
 """From each phase to the function that the Checkpointer begins it by."""
 

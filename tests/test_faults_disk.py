@@ -184,7 +184,7 @@ def test_fault_33_a_second_save_is_refused_and_the_first_completes(tmp_path):
             with pytest.raises(CheckpointError, match=r"another save to .* is in progress, by another process"):
                 second.save(state(step), step)
     finally:
-        lock.release()
+        lock.close()
     save_and_wait(second, 2)
     assert_only(first, [1, 2])
 
