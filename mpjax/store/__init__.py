@@ -1,0 +1,1 @@
+"""Floor 3: what outlives the process: checkpoints, weights and programs for serving, trees that others wrote."""

@@ -1,0 +1,195 @@
+"""Weights for serving: a safetensors file that says by itself how each tensor is stored."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpjax.core.dtypes import is_float
+from mpjax.core.tree import canonical_path
+from mpjax.core.types import MState, Params
+from mpjax.store import tensors
+from mpjax.store.export.formats import KIND, LARGEST, VERSION, channel_axis, dequantise, formats_by_path, quantise
+from mpjax.store.export.report import ExportReport, TensorReport, errors
+from mpjax.store.trees import Keys, as_jax, is_key, named_leaves, refilled
+
+
+def export_weights(
+    params: Params,
+    path: str | os.PathLike,
+    to: str | Mapping[str, str] = "bfloat16",
+    *,
+    mstate: MState | None = None,
+    policy: Any = None,
+    per: Literal["channel", "tensor"] = "channel",
+    metric: Callable[[Params], Mapping[str, float]] | None = None,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Write params, and what else serving needs, as one safetensors file, and say what that cost.
+
+        float32, bfloat16, float16    rounded to nearest
+        float8_e4m3, int8             stored = round(x / scale), scale = max|x| / 448 or 127, in float32
+
+    Under float8 and int8, params of fewer than two dimensions (biases, norms) keep float32: they are few, and their errors
+    reach every output. `mstate` (batch statistics) keeps its dtypes whatever `to` says, and so do ints, bools and keys.
+    The channel axis is a kernel's last, the output; an `embedding` has a scale for each row. The file is written under a
+    temporary name and renamed when it is on disk. Plain safetensors reads it: a tensor of float8 or int8 has its scale
+    beside it as `<name>.scale`, to be multiplied by broadcasting.
+
+    Args:
+      params: any pytree of arrays.
+      path: of the file to write.
+      to: `float32`, `bfloat16`, `float16`, `float8_e4m3` or `int8`; or a mapping from glob to one of them, as in a policy
+        map: `{"head": "float32", "**": "int8"}`. The first that names a weight or a module around it holds; what none
+        names keeps float32.
+      mstate: what the model needs beside its params.
+      policy: under which the model computes (`model.policy`, or text); kept as text.
+      per: a scale for each output channel, or for each whole tensor.
+      metric: such as an accuracy on held-out data; called with the params as given and as they will be read back, both in
+        the dtypes given.
+      overwrite: whether an existing file may be replaced.
+
+    Returns:
+      The report: `print` it.
+
+    Raises:
+      ValueError: NaN or infinity in a weight, or one that the format cannot hold, with its path; an unknown format; a rule
+        that acts nowhere; an existing file.
+      OSError: the file could not be written; nothing is left behind.
+
+    >>> import tempfile
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> report = export_weights({"Dense_0": {"kernel": jnp.ones((8, 4))}}, f"{folder.name}/net.safetensors", "int8")
+    >>> report.bytes_before, report.bytes_after
+    (128, 48)
+    >>> folder.cleanup()
+    """
+    if per not in ("channel", "tensor"):
+        raise ValueError(f"got per={per!r}; legal are 'channel' and 'tensor'; name one")
+    target = Path(path)
+    leaves = named_leaves({"params": params, "mstate": {} if mstate is None else mstate})
+    names = _names(leaves)
+    asked = formats_by_path(to, [canonical_path(_below(keys)) for keys, x in leaves.items() if _is_weight(keys, x)])
+    arrays: dict[str, np.ndarray] = {}
+    entries: dict[str, Any] = {}
+    rows, back = [], dict[Keys, Any]()
+    for keys, leaf in leaves.items():
+        name = names[keys]
+        form = asked[canonical_path(_below(keys))] if _is_weight(keys, leaf) else None
+        entry, stored, scale, note = _stored(name, leaf, form, per)
+        if scale is not None and entry["scale"] in names.values():
+            raise ValueError(f"got a leaf called {entry['scale']}, where the scale of {name} is to stand; rename it")
+        entries[name] = {"keys": keys, **entry}
+        arrays |= {name: stored} if scale is None else {name: stored, entry["scale"]: scale}
+        back[keys] = leaf if form is None else (stored if scale is None else dequantise(stored, scale))
+        rows.append(_row(name, leaf, back[keys], stored, scale, note))
+    metadata = {"kind": KIND, "version": str(VERSION), "policy": policy_text(policy), "tensors": json.dumps(entries)}
+    before = None if metric is None else dict(metric(params))
+    after = None if metric is None else dict(metric(_as_given(params, back)))
+    tensors.write(target, arrays, metadata, overwrite)
+    return ExportReport(str(target), tuple(rows), before, after)
+
+
+def policy_text(policy: Any) -> str:
+    """A policy or a policy map in words, as `mpjax inspect` shows it; "" for None.
+
+    >>> from mpjax.policy.rules import PolicyMap
+    >>> policy_text(PolicyMap({"head": "float32"}))
+    "p=full,c=bf16,o=full, 'head': p=full,c=full,o=full"
+    """
+    if not hasattr(policy, "rules"):
+        return "" if policy is None else str(policy)
+    return ", ".join([str(policy.default), *(f"{rule}: {rule.policy}" for rule in policy.rules)])
+
+
+def _stored(
+    name: str, leaf: Any, form: str | None, per: str
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None, str]:
+    """(What the metadata say of it, the array for the file, its scale, a note for the report.)"""
+    if is_key(leaf):
+        return (
+            {"format": "key", "key_impl": str(jax.random.key_impl(leaf))},
+            np.asarray(jax.random.key_data(leaf)),
+            None,
+            "",
+        )
+    x = _array(name, leaf)
+    if jnp.issubdtype(x.dtype, jnp.inexact) and not np.isfinite(x).all():
+        raise ValueError(
+            f"got NaN or infinity in {name}; legal are finite weights, since serving would only hand it on; export a state "
+            "from before it diverged (mpjax.diagnose finds where)"
+        )
+    if form is None:
+        return {"format": x.dtype.name}, x, None, ""
+    note = ""
+    if form in LARGEST and x.ndim < 2:
+        form, note = "float32", f"fewer than two dimensions: not {form}"
+    stored, scale = quantise(x, form, channel_axis(name) if per == "channel" else None)
+    if scale is None:
+        if not np.isfinite(stored).all():
+            raise ValueError(
+                f"got a value of {np.abs(x.astype(np.float64)).max():.6g} in {name}; {form} ends at "
+                f"{float(jnp.finfo(form).max):.6g}; store this one otherwise: to={{{_below(tuple(name.split('/')))!r}: "
+                f"'bfloat16', '**': {form!r}}}"
+            )
+        return {"format": form}, stored, None, note
+    return {"format": form, "scale": f"{name}.scale", "per": per}, stored, scale, note
+
+
+def _row(name: str, leaf: Any, back: Any, stored: np.ndarray, scale: np.ndarray | None, note: str) -> TensorReport:
+    after = stored.nbytes + (0 if scale is None else scale.nbytes)
+    if is_key(leaf):
+        return TensorReport(name, tuple(leaf.shape), str(leaf.dtype), "key", stored.nbytes, after)
+    x = _array(name, leaf)
+    cost = errors(x, back) if is_float(x) and back is not leaf else (float("inf"), 0.0)
+    return TensorReport(name, x.shape, x.dtype.name, _format(stored), x.nbytes, after, *cost, note)
+
+
+def _format(stored: np.ndarray) -> str:
+    return "float8_e4m3" if stored.dtype == jnp.dtype("float8_e4m3fn") else stored.dtype.name
+
+
+def _array(name: str, leaf: Any) -> np.ndarray:
+    try:
+        x = np.asarray(leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf))
+    except TypeError:
+        x = np.asarray(None)
+    if x.dtype.hasobject or x.dtype.kind in "US" or x.dtype.name in ("complex128", "int4", "uint4", "int2", "uint2"):
+        raise ValueError(
+            f"got {type(leaf).__name__} of {x.dtype} at {name}; legal are arrays of a dtype that safetensors has; take it out"
+        )
+    return x
+
+
+def _names(leaves: Mapping[Keys, Any]) -> dict[Keys, str]:
+    names = {keys: "/".join(keys) for keys in leaves}
+    if len(set(names.values())) < len(names):
+        twice = sorted(name for name in names.values() if list(names.values()).count(name) > 1)
+        raise ValueError(
+            f"got two leaves with the path {twice[0]}; legal is a path for each; rename a key that holds a slash"
+        )
+    return names
+
+
+def _is_weight(keys: Keys, leaf: Any) -> bool:
+    """Whether `to` decides its format: a float param."""
+    return keys[0] == "params" and (is_float(leaf) or isinstance(leaf, float))
+
+
+def _below(keys: Keys) -> str:
+    return "/".join(keys[1:])
+
+
+def _as_given(params: Params, back: Mapping[Keys, Any]) -> Params:
+    """What will be read back, in the structure and dtypes that were given."""
+    given = named_leaves(params)
+    leaves = {keys: back["params", *keys] for keys in given}
+    cast = {keys: x.astype(given[keys].dtype) if is_float(given[keys]) else x for keys, x in leaves.items()}
+    return refilled(params, {keys: as_jax(x, "/".join(keys)) for keys, x in cast.items()})
