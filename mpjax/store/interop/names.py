@@ -13,7 +13,7 @@ from mpjax.core.tree import canonical_path
 from mpjax.core.types import MState, Params, PyTree
 from mpjax.store.trees import Casts, named_leaves, put_into
 
-Names: TypeAlias = Sequence[tuple]
+Names: TypeAlias = Sequence[Any]
 """Rows of `(regex, path)` or `(regex, path, transform)`; see `mpjax.load_safetensors`."""
 
 TRANSFORMS = ("transpose", "conv", "split", "reshape")
@@ -48,7 +48,13 @@ class Row:
     def paths_for(self, name: str) -> list[str] | None:
         """Where the array of this name goes; None where the row does not name it."""
         match = self.pattern.fullmatch(name)
-        return None if match is None else [match.expand(path) for path in self.paths]
+        try:
+            return None if match is None else [match.expand(path) for path in self.paths]
+        except (re.error, IndexError) as error:
+            raise ValueError(
+                f"got the paths {list(self.paths)} for {name} ({error}); legal are groups that {self.pattern.pattern!r} has; "
+                "mend the row"
+            ) from error
 
 
 def parse_names(names: Names) -> list[Row]:
@@ -70,16 +76,18 @@ def _parse(row: Any) -> Row:
     )
     if not isinstance(row, tuple | list) or len(row) not in (2, 3):
         raise ValueError(f"got {row!r} as a row of names; {legal}")
-    pattern, paths, transforms = (*row, ())[:3]
-    paths = () if paths is None else (paths,) if isinstance(paths, str) else tuple(paths)
-    transforms = (transforms,) if isinstance(transforms, str) or callable(transforms) else tuple(transforms)
-    wrong = [t for t in transforms if not callable(t) and t not in TRANSFORMS]
-    if wrong or not all(isinstance(path, str) for path in paths):
+    pattern, paths, transforms = row[0], *(_listed(x) for x in (*row[1:], None)[:2])
+    known = all(callable(t) or t in TRANSFORMS for t in transforms)
+    if not known or not all(isinstance(path, str) for path in paths):
         raise ValueError(f"got {row!r} as a row of names; {legal}")
     try:
         return Row(re.compile(pattern), paths, transforms)
     except (re.error, TypeError) as error:
         raise ValueError(f"got {pattern!r} as the regex of a row of names, which is none ({error}); {legal}") from error
+
+
+def _listed(x: Any) -> tuple:
+    return () if x is None else tuple(x) if isinstance(x, list | tuple) else (x,)
 
 
 def import_into(
@@ -158,7 +166,7 @@ def transformed(array: np.ndarray, transforms: Sequence[Any], shapes: Sequence[A
         if transform == "split":
             if len(parts) > 1 or len(shapes) < 2:
                 raise ValueError("split cuts one array for several paths, once; list the paths, and split once")
-            parts = np.split(array if not parts else parts[0], len(shapes), axis=-1)
+            parts = np.split(parts[0], len(shapes), axis=-1)
         elif transform == "reshape":
             parts = parts * len(shapes) if len(parts) < len(shapes) else parts
             parts = [x if shape is None else x.reshape(shape) for x, shape in zip(parts, shapes, strict=True)]

@@ -81,10 +81,10 @@ def _item(folder: Path) -> Path:
     items = [folder] if _holds_tree(folder) else sorted(below for below in folder.iterdir() if _holds_tree(below))
     if len(items) == 1:
         return items[0]
-    deeper = sorted(below.parent.relative_to(folder).as_posix() for below in folder.glob("*/*/_METADATA"))
+    deeper = sorted(found.parent.relative_to(folder).as_posix() for found in folder.glob("*/*/_METADATA"))
     has = f"several items: {', '.join(item.name for item in items)}" if items else "no tree of Orbax (no _METADATA)"
-    steps = f"; there are the steps {', '.join(deeper)}" if deeper else ""
-    raise ValueError(f"got {folder}, which holds {has}{steps}; legal is the folder of one tree; name it")
+    below = f" (below it: {', '.join(deeper)})" if deeper else ""
+    raise ValueError(f"got {folder}, which holds {has}{below}; legal is the folder of one tree; name it")
 
 
 def _holds_tree(folder: Path) -> bool:
