@@ -37,7 +37,7 @@ DOORS = {
     "safetensors": "mpjax.store",
     "matplotlib": "mpjax.measure.plots",
 }
-LAZILY = {"matplotlib"}
+LAZILY = {"matplotlib", "orbax"}
 
 MAX_LINES = 300
 IMPORT_NAMES = {"orbax-checkpoint": "orbax", "scikit-learn": "sklearn", "tensorboardx": "tensorboardX"}
@@ -281,6 +281,7 @@ RULES: list[tuple[Callable[[Path], list[str]], dict[str, str], str]] = [
     (side_doors, {"mpjax/train/a.py": "import orbax.checkpoint as ocp"}, "enters through mpjax.store"),
     (side_doors, {"mpjax/measure/table.py": "import matplotlib.pyplot"}, "enters through mpjax.measure.plots"),
     (side_doors, {"mpjax/measure/plots.py": "import matplotlib.pyplot"}, "inside the function"),
+    (side_doors, {"mpjax/store/a.py": "import orbax.checkpoint as ocp"}, "inside the function"),
     (undeclared_imports, {"mpjax/core/a.py": "import torch"}, "torch is no dependency"),
     (undeclared_imports, {"mpjax/train/a.py": "import tensorboardX"}, "tensorboardX is an extra"),
     (

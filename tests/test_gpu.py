@@ -15,6 +15,7 @@ import pytest
 
 import mpjax
 from mpjax.numerics.probe import EXPONENTS, count
+from tests.store.states import bare_model, bits
 from tests.wrap import zoo_nnx
 from tests.wrap.zoo import LM
 
@@ -123,3 +124,33 @@ def test_counts_on_a_gpu_are_exact():
     expected = np.zeros(EXPONENTS)
     expected[exponents] = times
     assert counts.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_fault_24_a_run_saved_and_restored_on_the_gpu_is_bit_identical(asynchronous, tmp_path):
+    """Saving reads the state under the guard that forbids every other transfer; training goes on at once and donates it."""
+    model, optimizer = bare_model(), optax.adamw(1e-2)
+
+    def loss_fn(params, mstate, batch, rng):
+        out, mstate = model.apply(params, mstate, batch)
+        return (out**2).mean(), mpjax.Aux(mstate)
+
+    step = mpjax.make_train_step(loss_fn, optimizer)
+
+    def fresh():
+        scale = mpjax.dynamic_loss_scale()
+        return mpjax.TrainState.create(model, optimizer, jax.random.key(0), jnp.ones((1, 4)), loss_scale=scale)
+
+    batches = [jax.random.normal(jax.random.key(n), (8, 4)) for n in range(6)]
+    checkpointer = mpjax.Checkpointer(tmp_path, asynchronous=asynchronous)
+    step(fresh(), batches[0])  # compiled outside of the guard
+    state = fresh()
+    with jax.transfer_guard("disallow"):
+        for n, batch in enumerate(batches):
+            state, _ = step(state, batch)
+            if n == 2:
+                checkpointer.save(state)
+    resumed = checkpointer.restore(fresh())
+    for batch in batches[3:]:
+        resumed, _ = step(resumed, batch)
+    assert bits(resumed) == bits(state) and int(resumed.step) == 6

@@ -1,1 +1,1 @@
-"""Floor 3: what outlives the process: checkpoints, weights and programs for serving, trees that others wrote."""
+"""Runs that are not lost: checkpoints that are verified before they are believed, and weights for serving."""
