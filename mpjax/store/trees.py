@@ -121,6 +121,8 @@ def put_into(
     values: list[Any] = []
     casts: Casts = {}
     for path, box in wanted:
+        if path not in left and _is_box(box) and f"{path}/value" in left:
+            left[path] = left.pop(f"{path}/value")  # of a tree whose boxes were taken for nodes
         if path not in left:
             complaints["missing"].append(path)
             continue
@@ -129,10 +131,10 @@ def put_into(
         if misfit:
             complaints["misfits"].append(f"{path} {misfit}")
         elif value.dtype != spec.dtype:
-            casts[path] = (value.dtype.name, spec.dtype.name)
+            casts[path], given = (value.dtype.name, spec.dtype.name), value
             with np.errstate(over="ignore"):
                 value = value.astype(spec.dtype)
-            if path and not np.isfinite(value).all() and np.isfinite(found[path]).all():
+            if not np.isfinite(value).all() and np.isfinite(given).all():
                 complaints["misfits"].append(f"{path} is beyond what {spec.dtype.name} can hold")
         values.append(value)
     complaints["left over"] = sorted(left)

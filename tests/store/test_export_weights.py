@@ -71,7 +71,7 @@ def test_it_comes_back_as_it_is_stored_under_the_keys_it_had(to, variables, file
     params, mstate = variables
     report = mpjax.export_weights(params, file, to, mstate=mstate, policy=MODEL.policy)
     found = mpjax.load_export(file)
-    assert found.policy == "p=full,c=bf16,o=full"
+    assert found.policy == {"default": "p=full,c=bf16,o=full", "rules": {}, "islands": []}
     assert_same(found.mstate, mstate)
     narrow = to in ("float8_e4m3", "int8")
     dtype = jnp.dtype("float32" if narrow else to)
@@ -122,7 +122,7 @@ def test_plain_safetensors_reads_it(variables, file):
     by_hand = got["params/Dense_1/kernel"] * got["params/Dense_1/kernel.scale"]
     np.testing.assert_allclose(by_hand, second, atol=np.abs(second).max() / 127 / 2 * 1.001)
     assert got["params/Dense_1/bias"].dtype == np.float32
-    assert (about["kind"], about["version"], about["policy"]) == ("mpjax weights", "1", "")
+    assert (about["kind"], about["version"], about["policy"]) == ("mpjax weights", "1", "null")
     assert json.loads(about["tensors"])["params/Dense_1/kernel"] == {
         "keys": ["params", "Dense_1", "kernel"], "format": "int8", "scale": "params/Dense_1/kernel.scale", "per": "channel",
     }  # fmt: skip

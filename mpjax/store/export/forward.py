@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ class Forward:
 
     Args:
       program: what `jax.export` made; its StableHLO is `program.mlir_module()`.
-      policy: the text of the policy that is in the program.
+      policy: the policy that is in the program, in words (`mpjax.policy.written`); None where the model has none.
 
     >>> import tempfile
     >>> from mpjax.core.model import Model
@@ -43,7 +44,7 @@ class Forward:
     """
 
     program: export.Exported
-    policy: str = ""
+    policy: dict[str, Any] | None = None
 
     @property
     def like(self) -> tuple[Params, MState]:
@@ -119,7 +120,7 @@ def load_forward(path: str | os.PathLike) -> Forward:
     file = Path(path)
     arrays, metadata = tensors.read(file)
     tensors.check_kind(file, metadata, KIND, VERSION)
-    return Forward(export.deserialize(bytearray(arrays["program"].tobytes())), metadata["policy"])
+    return Forward(export.deserialize(bytearray(arrays["program"].tobytes())), json.loads(metadata["policy"]))
 
 
 def plain(tree: PyTree) -> dict[str, Any]:

@@ -27,16 +27,16 @@ class Exported:
     Args:
       params: nested dicts with the keys that were exported, or the structure of `like`.
       mstate: likewise; `{}` where none was exported.
-      policy: the text of the policy it was exported with; "" where none was given.
+      policy: the policy it was exported with, in words (`mpjax.policy.written`); None where none was given.
       formats: from a tensor's name in the file to the format it is stored in.
 
-    >>> Exported({"w": np.ones(2)}, {}).policy
-    ''
+    >>> Exported({"w": np.ones(2)}, {}).formats
+    {}
     """
 
     params: Params
     mstate: MState
-    policy: str = ""
+    policy: dict[str, Any] | None = None
     formats: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -65,8 +65,8 @@ def load_export(path: str | os.PathLike, like: PyTree = None, *, dtype: DTypeLik
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     _ = export_weights({"w": jnp.ones(3)}, f"{folder}/net.safetensors", "bfloat16", policy="mixed_bfloat16")
     ...     found = load_export(f"{folder}/net.safetensors")
-    >>> found.params["w"].dtype, found.policy
-    (dtype(bfloat16), 'mixed_bfloat16')
+    >>> found.params["w"].dtype, found.policy["default"]
+    (dtype(bfloat16), 'p=full,c=bf16,o=full')
     """
     file = Path(path)
     if like is not None and dtype is not None:
@@ -75,17 +75,17 @@ def load_export(path: str | os.PathLike, like: PyTree = None, *, dtype: DTypeLik
     tensors.check_kind(file, metadata, KIND, VERSION)
     entries = json.loads(metadata["tensors"])
     leaves = {tuple(entry["keys"]): _read(arrays, name, entry) for name, entry in entries.items()}
-    formats = {name: entry["format"] for name, entry in entries.items()}
+    policy, formats = json.loads(metadata["policy"]), {name: entry["format"] for name, entry in entries.items()}
     if like is not None:
         params, mstate = like
         mend = "export params and mstate of the same model, or give the `like` of the model that was exported"
         filled, _ = put_into({"params": params, "mstate": mstate}, by_path(leaves), str(file), mend)
-        return Exported(filled["params"], filled["mstate"], metadata["policy"], formats)
+        return Exported(filled["params"], filled["mstate"], policy, formats)
     if dtype is not None:
         chosen = jnp.dtype(dtype)
         leaves = {k: x.astype(chosen) if k[0] == "params" and is_float(x) else x for k, x in leaves.items()}
     whole = nested({keys: as_jax(value, "/".join(keys)) for keys, value in leaves.items()})
-    return Exported(whole.get("params", {}), whole.get("mstate", {}), metadata["policy"], formats)
+    return Exported(whole.get("params", {}), whole.get("mstate", {}), policy, formats)
 
 
 def _read(arrays: Mapping[str, np.ndarray], name: str, entry: Mapping[str, Any]) -> Any:

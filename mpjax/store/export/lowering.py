@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from mpjax.core.types import MState, Params, PyTree
 from mpjax.numerics.attention import unfused
 from mpjax.store import tensors
 from mpjax.store.export.forward import KIND, VERSION, Forward, plain
-from mpjax.store.export.weights import policy_text
+from mpjax.store.export.weights import words_of
 from mpjax.store.trees import named_leaves, refilled
 
 
@@ -110,11 +111,11 @@ def export_forward(
     metadata = {
         "kind": KIND,
         "version": str(VERSION),
-        "policy": policy_text(model.policy),
+        "policy": json.dumps(words_of(model.policy)),
         "platforms": ",".join(platforms),
     }
     tensors.write(Path(path), {"program": np.frombuffer(data, np.uint8)}, metadata, overwrite)
-    return Forward(program, metadata["policy"])
+    return Forward(program, words_of(model.policy))
 
 
 def _with_free_batch(inputs: list[PyTree], batch: str) -> list[PyTree]:

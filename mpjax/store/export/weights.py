@@ -15,6 +15,7 @@ import numpy as np
 from mpjax.core.dtypes import is_float
 from mpjax.core.tree import canonical_path
 from mpjax.core.types import MState, Params
+from mpjax.policy.written import policy_to_words
 from mpjax.store import tensors
 from mpjax.store.export.formats import KIND, LARGEST, VERSION, channel_axis, dequantise, formats_by_path, quantise
 from mpjax.store.export.report import ExportReport, TensorReport, errors
@@ -50,7 +51,7 @@ def export_weights(
         map: `{"head": "float32", "**": "int8"}`. The first that names a weight or a module around it holds; what none
         names keeps float32.
       mstate: what the model needs beside its params.
-      policy: under which the model computes (`model.policy`, or text); kept as text.
+      policy: under which the model computes (`model.policy`, or text): kept in words.
       per: a scale for each output channel, or for each whole tensor.
       metric: such as an accuracy on held-out data; called with the params as given and as they will be read back, both in
         the dtypes given.
@@ -90,23 +91,26 @@ def export_weights(
         arrays |= {name: stored} if scale is None else {name: stored, entry["scale"]: scale}
         back[keys] = leaf if form is None else (stored if scale is None else dequantise(stored, scale))
         rows.append(_row(name, leaf, back[keys], stored, scale, note))
-    metadata = {"kind": KIND, "version": str(VERSION), "policy": policy_text(policy), "tensors": json.dumps(entries)}
+    metadata = {
+        "kind": KIND,
+        "version": str(VERSION),
+        "policy": json.dumps(words_of(policy)),
+        "tensors": json.dumps(entries),
+    }
     before = None if metric is None else dict(metric(params))
     after = None if metric is None else dict(metric(_as_given(params, back)))
     tensors.write(target, arrays, metadata, overwrite)
     return ExportReport(str(target), tuple(rows), before, after)
 
 
-def policy_text(policy: Any) -> str:
-    """A policy or a policy map in words, as `mpjax inspect` shows it; "" for None.
+def words_of(policy: Any) -> dict[str, Any] | None:
+    """A policy in words, see `mpjax.policy.written`; what is in words already, as a checkpoint has it, stays; None for None.
 
-    >>> from mpjax.policy.rules import PolicyMap
-    >>> policy_text(PolicyMap({"head": "float32"}))
-    "p=full,c=bf16,o=full, 'head': p=full,c=full,o=full"
+    >>> words_of("mixed_bfloat16")["default"]
+    'p=full,c=bf16,o=full'
     """
-    if not hasattr(policy, "rules"):
-        return "" if policy is None else str(policy)
-    return ", ".join([str(policy.default), *(f"{rule}: {rule.policy}" for rule in policy.rules)])
+    in_words = isinstance(policy, Mapping) and policy.keys() == {"default", "rules", "islands"}
+    return None if policy is None else dict(policy) if in_words else policy_to_words(policy)
 
 
 def _stored(
