@@ -350,6 +350,21 @@ def test_files_of_other_kinds_and_times_are_told_apart(file):
         ValueError, match=r"of version 2; this mpjax reads mpjax weights up to version 1; install a newer"
     ):
         mpjax.load_export(file)
+    entry = {"keys": ["params", "w"], "format": "int8", "scale": "w.scale", "per": "channel"}
+    for words in (
+        "[]",
+        "{",
+        "null",
+        json.dumps({"w": {}}),
+        json.dumps({"w": entry}),
+        json.dumps({"w": entry | {"keys": 3}}),
+    ):
+        told = {"kind": "mpjax weights", "version": "1", "policy": "null", "tensors": words}
+        tensors.write(file, {"w": np.ones((1, 1), np.int8)}, told, overwrite=True)
+        with pytest.raises(
+            ValueError, match=r"whose metadata are not what mpjax writes .*; legal is .*export_weights; export it"
+        ):
+            mpjax.load_export(file)
     tensors.write(file, {}, {"kind": "mpjax forward", "version": "1"}, overwrite=True)
     with pytest.raises(ValueError, match=r"holds mpjax forward; legal here is mpjax weights; name such a file"):
         mpjax.load_export(file)

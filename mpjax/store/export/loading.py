@@ -73,9 +73,15 @@ def load_export(path: str | os.PathLike, like: PyTree = None, *, dtype: DTypeLik
         raise ValueError("got both like= and dtype=; `like` has dtypes of its own; leave one of them out")
     arrays, metadata = tensors.read(file)
     tensors.check_kind(file, metadata, KIND, VERSION)
-    entries = json.loads(metadata["tensors"])
-    leaves = {tuple(entry["keys"]): _read(arrays, name, entry) for name, entry in entries.items()}
-    policy, formats = json.loads(metadata["policy"]), {name: entry["format"] for name, entry in entries.items()}
+    try:
+        entries, policy = json.loads(metadata["tensors"]), json.loads(metadata["policy"])
+        leaves = {tuple(entry["keys"]): _read(arrays, name, entry) for name, entry in entries.items()}
+        formats = {name: entry["format"] for name, entry in entries.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"got {file}, whose metadata are not what mpjax writes ({error!r}); legal is a file of mpjax.export_weights; export "
+            "it again"
+        ) from error
     if like is not None:
         params, mstate = like
         mend = "export params and mstate of the same model, or give the `like` of the model that was exported"
