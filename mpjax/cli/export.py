@@ -73,10 +73,8 @@ def export(
             mpjax.export_forward(
                 job.model, served.params, served.mstate, *job.sample, path=forward, overwrite=overwrite
             )
-    except ValueError as error:  # a damaged checkpoint among them
+    except (ValueError, OSError) as error:  # a damaged checkpoint and a full disk among them
         raise Refused(str(error), 1) from error
-    except OSError as error:
-        raise Refused(f"{error}; look at the path and the disk", 1) from error
     if as_json:
         print_json({"checkpoint": str(directory), "step": info.step, "policy": info.policy, **report.as_dict()})
         return 0

@@ -43,11 +43,16 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, s
     metadata = {**metadata, CHECKSUM: _checksum(metadata, arrays)}
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
+        partial.touch(exist_ok=False)
+        mode = partial.stat().st_mode  # what the umask allows; safetensors would let only its owner read the file
         save_file(arrays, partial, metadata=metadata)
+        partial.chmod(mode)
         _sync(partial)
         os.replace(partial, path)
-    except SafetensorError as error:
-        raise OSError(f"{path} could not be written: {error}; what stood there before is as it was") from error
+    except (SafetensorError, OSError) as error:
+        raise OSError(
+            f"{path} could not be written ({error}); what stood there before is as it was; look at the folder and the disk"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
     _sync(path.parent)

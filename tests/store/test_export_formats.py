@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mpjax.store.export.formats import channel_axis, dequantise, formats_by_path, parse_format, quantise
+from mpjax.store.export.formats import channel_axis, dequantise, formats_by_path, keeps_float32, parse_format, quantise
 from mpjax.store.export.report import errors
 
 RANDOM = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32) * np.float32(3)
@@ -88,6 +88,17 @@ def test_the_first_rule_holds_for_its_subtree_and_float32_for_the_rest():
 def test_a_rule_that_acts_nowhere_is_refused(rules):
     with pytest.raises(ValueError, match=r"acts on no weight.*legal are globs over head/kernel.*mend it"):
         formats_by_path(rules, ["head/kernel"])
+
+
+def test_biases_and_norms_keep_float32_however_many_dimensions_they_have():
+    kept = [
+        ("params/head/bias", 1),
+        ("params/a", 0),
+        ("params/attention/query/bias", 2),
+        ("params/layers/norm/scale", 2),
+    ]
+    assert all(keeps_float32(path, ndim) for path, ndim in kept)
+    assert not keeps_float32("params/positions", 3) and not keeps_float32("params/bias/kernel", 2)
 
 
 def test_an_unknown_format_names_the_known_ones():

@@ -72,6 +72,19 @@ def formats_by_path(to: str | Mapping[str, str], paths: Sequence[str]) -> dict[s
     return found
 
 
+def keeps_float32(path: str, ndim: int) -> str:
+    """Why a param is not stored with a scale, in words; "" where it is.
+
+    Biases and norms are few and cheap, and their errors reach every output. Those of attention and of a scanned stack have
+    two dimensions and more, but are called alike.
+
+    >>> keeps_float32("head/bias", 1), keeps_float32("attention/query/bias", 2), keeps_float32("head/kernel", 2)
+    ('fewer than two dimensions', 'a bias', '')
+    """
+    last = canonical_path(path).rpartition("/")[2]
+    return "fewer than two dimensions" if ndim < 2 else f"a {last}" if last in ("bias", "scale") else ""
+
+
 def channel_axis(path: str) -> int:
     """The axis of a kernel along which each index has a scale of its own: its outputs.
 

@@ -17,7 +17,16 @@ from mpjax.core.tree import canonical_path
 from mpjax.core.types import MState, Params
 from mpjax.policy.written import policy_to_words
 from mpjax.store import tensors
-from mpjax.store.export.formats import KIND, LARGEST, VERSION, channel_axis, dequantise, formats_by_path, quantise
+from mpjax.store.export.formats import (
+    KIND,
+    LARGEST,
+    VERSION,
+    channel_axis,
+    dequantise,
+    formats_by_path,
+    keeps_float32,
+    quantise,
+)
 from mpjax.store.export.report import ExportReport, TensorReport, errors
 from mpjax.store.trees import Keys, as_jax, is_key, named_leaves, refilled
 
@@ -38,11 +47,11 @@ def export_weights(
         float32, bfloat16, float16    rounded to nearest
         float8_e4m3, int8             stored = round(x / scale), scale = max|x| / 448 or 127, in float32
 
-    Under float8 and int8, params of fewer than two dimensions (biases, norms) keep float32: they are few, and their errors
-    reach every output. `mstate` (batch statistics) keeps its dtypes whatever `to` says, and so do ints, bools and keys.
-    The channel axis is a kernel's last, the output; an `embedding` has a scale for each row. The file is written under a
-    temporary name and renamed when it is on disk. Plain safetensors reads it: a tensor of float8 or int8 has its scale
-    beside it as `<name>.scale`, to be multiplied by broadcasting.
+    Under float8 and int8, biases and norms keep float32 (what has fewer than two dimensions, or is called `bias` or
+    `scale`): they are few, and their errors reach every output. `mstate` (batch statistics) keeps its dtypes whatever `to`
+    says, and so do ints, bools and keys. The channel axis is a kernel's last, the output; an `embedding` has a scale for each
+    row. The file is written under a temporary name and renamed when it is on disk. Plain safetensors reads it: a tensor of
+    float8 or int8 has its scale beside it as `<name>.scale`, to be multiplied by broadcasting.
 
     Args:
       params: any pytree of arrays.
@@ -133,8 +142,8 @@ def _stored(
     if form is None:
         return {"format": x.dtype.name}, x, None, ""
     note = ""
-    if form in LARGEST and x.ndim < 2:
-        form, note = "float32", f"fewer than two dimensions: not {form}"
+    if form in LARGEST and (reason := keeps_float32(name, x.ndim)):
+        form, note = "float32", f"{reason}: not {form}"
     stored, scale = quantise(x, form, channel_axis(name) if per == "channel" else None)
     if scale is None:
         if not np.isfinite(stored).all():
