@@ -130,7 +130,7 @@ def test_a_damaged_step_is_passed_over_or_refused(run, capsys):
 
 def test_the_average_of_a_train_state_is_served_and_rng_keys_too(tmp_path):
     def net(rngs):
-        return nnx.Sequential(nnx.Linear(2, 2, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))
+        return nnx.Sequential(nnx.Linear(2, 2, use_bias=False, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))
 
     model = mpjax.wrap(net, {"**": "param=bfloat16"})
     with pytest.warns(mpjax.VanishingUpdateWarning):

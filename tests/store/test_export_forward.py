@@ -240,6 +240,12 @@ def test_a_damaged_or_foreign_program_is_refused(tmp_path):
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         with pytest.raises(ValueError, match=r"legal"):
             mpjax.load_forward(file)
+    told = {"kind": "mpjax forward", "version": "1", "policy": "null", "jax": "99.1"}
+    tensors.write(file, {"program": np.zeros(64, np.uint8)}, told, overwrite=True)
+    with pytest.raises(
+        ValueError, match=r"jax .* cannot read; legal is .*, and it is of jax 99\.1; install that one or a later"
+    ):
+        mpjax.load_forward(file)
     tensors.write(file, {}, {"kind": "mpjax weights", "version": "1"}, overwrite=True)
     with pytest.raises(ValueError, match=r"holds mpjax weights; legal here is mpjax forward"):
         mpjax.load_forward(file)

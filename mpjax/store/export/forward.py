@@ -111,7 +111,8 @@ def load_forward(path: str | os.PathLike) -> Forward:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is no such file, or damaged.
+      ValueError: it is no such file, or damaged, or of a later jax. (What an older one wrote is read for as long as
+        `jax.export` promises.)
 
     >>> load_forward("missing.forward")
     Traceback (most recent call last):
@@ -120,7 +121,16 @@ def load_forward(path: str | os.PathLike) -> Forward:
     file = Path(path)
     arrays, metadata = tensors.read(file)
     tensors.check_kind(file, metadata, KIND, VERSION)
-    return Forward(export.deserialize(bytearray(arrays["program"].tobytes())), json.loads(metadata["policy"]))
+    try:
+        program = export.deserialize(bytearray(arrays["program"].tobytes()))
+        if metadata["jax"] != jax.__version__:
+            program.mlir_module()  # what jax could not run it cannot print; else the first call would tell
+        return Forward(program, json.loads(metadata["policy"]))
+    except Exception as error:
+        raise ValueError(
+            f"got {file}, which jax {jax.__version__} cannot read; legal is a program of this jax or one not much older, and it is "
+            f"of jax {metadata.get('jax', '?')}; install that one or a later, or export it again"
+        ) from error
 
 
 def plain(tree: PyTree) -> dict[str, Any]:

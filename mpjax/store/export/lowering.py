@@ -109,6 +109,7 @@ def export_forward(
             "jax.export.register_pytree_node_serialization"
         ) from error
     metadata = {
+        "jax": jax.__version__,
         "kind": KIND,
         "version": str(VERSION),
         "policy": json.dumps(words_of(model.policy)),

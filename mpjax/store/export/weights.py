@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mpjax.core.dtypes import is_float
@@ -19,15 +18,11 @@ from mpjax.policy.written import policy_to_words
 from mpjax.store import tensors
 from mpjax.store.export.formats import (
     KIND,
-    LARGEST,
     VERSION,
-    channel_axis,
-    dequantise,
     formats_by_path,
-    keeps_float32,
-    quantise,
 )
 from mpjax.store.export.report import ExportReport, TensorReport, errors
+from mpjax.store.export.storing import Stored, as_array, is_weight, store
 from mpjax.store.trees import Keys, as_jax, is_key, named_leaves, refilled
 
 
@@ -76,7 +71,7 @@ def export_weights(
 
     >>> import tempfile
     >>> folder = tempfile.TemporaryDirectory()
-    >>> report = export_weights({"Dense_0": {"kernel": jnp.ones((8, 4))}}, f"{folder.name}/net.safetensors", "int8")
+    >>> report = export_weights({"Dense_0": {"kernel": np.ones((8, 4), np.float32)}}, f"{folder.name}/net.safetensors", "int8")
     >>> report.bytes_before, report.bytes_after
     (128, 48)
     >>> folder.cleanup()
@@ -86,20 +81,24 @@ def export_weights(
     target = Path(path)
     leaves = named_leaves({"params": params, "mstate": {} if mstate is None else mstate})
     names = _names(leaves)
-    asked = formats_by_path(to, [canonical_path(_below(keys)) for keys, x in leaves.items() if _is_weight(keys, x)])
+    weights = {keys: canonical_path(_below(keys)) for keys, leaf in leaves.items() if is_weight(keys, leaf)}
+    formats = formats_by_path(to, list(weights.values()))
+    asked = {keys: formats[path] for keys, path in weights.items()}
     arrays: dict[str, np.ndarray] = {}
     entries: dict[str, Any] = {}
     rows, back = [], dict[Keys, Any]()
     for keys, leaf in leaves.items():
         name = names[keys]
-        form = asked[canonical_path(_below(keys))] if _is_weight(keys, leaf) else None
-        entry, stored, scale, note = _stored(name, leaf, form, per)
-        if scale is not None and entry["scale"] in names.values():
-            raise ValueError(f"got a leaf called {entry['scale']}, where the scale of {name} is to stand; rename it")
-        entries[name] = {"keys": keys, **entry}
-        arrays |= {name: stored} if scale is None else {name: stored, entry["scale"]: scale}
-        back[keys] = leaf if form is None else (stored if scale is None else dequantise(stored, scale))
-        rows.append(_row(name, leaf, back[keys], stored, scale, note))
+        stored = store(name, leaf, asked.get(keys), per)
+        if stored.scale is not None and f"{name}.scale" in names.values():
+            raise ValueError(f"got a leaf called {name}.scale, where the scale of {name} is to stand; rename it")
+        entries[name] = {"keys": keys, "format": stored.format, **stored.more}
+        arrays[name] = stored.array
+        if stored.scale is not None:
+            arrays[f"{name}.scale"] = stored.scale
+            entries[name] |= {"scale": f"{name}.scale", "per": per}
+        back[keys] = stored.read_back() if keys in asked else leaf
+        rows.append(_row(name, leaf, back[keys], stored))
     metadata = {
         "kind": KIND,
         "version": str(VERSION),
@@ -122,63 +121,13 @@ def words_of(policy: Any) -> dict[str, Any] | None:
     return None if policy is None else dict(policy) if in_words else policy_to_words(policy)
 
 
-def _stored(
-    name: str, leaf: Any, form: str | None, per: str
-) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None, str]:
-    """(What the metadata say of it, the array for the file, its scale, a note for the report.)"""
+def _row(name: str, leaf: Any, back: Any, stored: Stored) -> TensorReport:
+    after = stored.array.nbytes + (0 if stored.scale is None else stored.scale.nbytes)
     if is_key(leaf):
-        return (
-            {"format": "key", "key_impl": str(jax.random.key_impl(leaf))},
-            np.asarray(jax.random.key_data(leaf)),
-            None,
-            "",
-        )
-    x = _array(name, leaf)
-    if jnp.issubdtype(x.dtype, jnp.inexact) and not np.isfinite(x).all():
-        raise ValueError(
-            f"got NaN or infinity in {name}; legal are finite weights, since serving would only hand it on; export a state "
-            "from before it diverged (mpjax.diagnose finds where)"
-        )
-    if form is None:
-        return {"format": x.dtype.name}, x, None, ""
-    note = ""
-    if form in LARGEST and (reason := keeps_float32(name, x.ndim)):
-        form, note = "float32", f"{reason}: not {form}"
-    stored, scale = quantise(x, form, channel_axis(name) if per == "channel" else None)
-    if scale is None:
-        if not np.isfinite(stored).all():
-            raise ValueError(
-                f"got a value of {np.abs(x.astype(np.float64)).max():.6g} in {name}; {form} ends at "
-                f"{float(jnp.finfo(form).max):.6g}; store this one otherwise: to={{{_below(tuple(name.split('/')))!r}: "
-                f"'bfloat16', '**': {form!r}}}"
-            )
-        return {"format": form}, stored, None, note
-    return {"format": form, "scale": f"{name}.scale", "per": per}, stored, scale, note
-
-
-def _row(name: str, leaf: Any, back: Any, stored: np.ndarray, scale: np.ndarray | None, note: str) -> TensorReport:
-    after = stored.nbytes + (0 if scale is None else scale.nbytes)
-    if is_key(leaf):
-        return TensorReport(name, tuple(leaf.shape), str(leaf.dtype), "key", stored.nbytes, after)
-    x = _array(name, leaf)
-    cost = errors(x, back) if is_float(x) and back is not leaf else (float("inf"), 0.0)
-    return TensorReport(name, x.shape, x.dtype.name, _format(stored), x.nbytes, after, *cost, note)
-
-
-def _format(stored: np.ndarray) -> str:
-    return "float8_e4m3" if stored.dtype == jnp.dtype("float8_e4m3fn") else stored.dtype.name
-
-
-def _array(name: str, leaf: Any) -> np.ndarray:
-    try:
-        x = np.asarray(leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf))
-    except TypeError:
-        x = np.asarray(None)
-    if x.dtype.hasobject or x.dtype.kind in "US" or x.dtype.name in ("complex128", "int4", "uint4", "int2", "uint2"):
-        raise ValueError(
-            f"got {type(leaf).__name__} of {x.dtype} at {name}; legal are arrays of a dtype that safetensors has; take it out"
-        )
-    return x
+        return TensorReport(name, tuple(leaf.shape), str(leaf.dtype), stored.format, stored.array.nbytes, after)
+    x = as_array(name, leaf)
+    cost = (math.inf, 0.0) if back is leaf else errors(x, back)
+    return TensorReport(name, x.shape, x.dtype.name, stored.format, x.nbytes, after, *cost, stored.note)
 
 
 def _names(leaves: Mapping[Keys, Any]) -> dict[Keys, str]:
@@ -189,11 +138,6 @@ def _names(leaves: Mapping[Keys, Any]) -> dict[Keys, str]:
             f"got two leaves with the path {twice[0]}; legal is a path for each; rename a key that holds a slash"
         )
     return names
-
-
-def _is_weight(keys: Keys, leaf: Any) -> bool:
-    """Whether `to` decides its format: a float param."""
-    return keys[0] == "params" and (is_float(leaf) or isinstance(leaf, float))
 
 
 def _below(keys: Keys) -> str:
