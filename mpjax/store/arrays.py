@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,17 @@ import numpy as np
 Place = jax.sharding.Sharding | None
 """Where an array is to lie; None: in numpy."""
 
+FILE_BYTES: int | None = 2**26
+"""Orbax begins a new file after so many bytes (None: 2 GiB): a file is hashed by one thread, and several by several."""
+
 
 def write(folder: Path, arrays: Mapping[str, Any]) -> Callable[[], None]:
     """Begin to write arrays into a new folder; what is returned waits for the end, and raises what went wrong.
 
     The arrays may be donated or changed as soon as this returns.
+
+    Raises:
+      OSError: the disk is full, read-only or broken.
     """
     if not arrays:  # which Orbax refuses
         return folder.mkdir
@@ -24,19 +32,32 @@ def write(folder: Path, arrays: Mapping[str, Any]) -> Callable[[], None]:
 
     checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
     try:
-        with jax.transfer_guard_device_to_host("allow"):  # a save reads the state, whatever guards the steps
-            checkpointer.save(folder, args=ocp.args.PyTreeSave(dict(arrays)))
+        # A save reads the state, whatever guards the steps.
+        with jax.transfer_guard_device_to_host("allow"), _disk_errors():
+            checkpointer.save(folder, args=ocp.args.PyTreeSave(dict(arrays), ocdbt_target_data_file_size=FILE_BYTES))
     except BaseException:
         checkpointer.close()
         raise
 
     def finish() -> None:
         try:
-            checkpointer.wait_until_finished()
+            with _disk_errors():
+                checkpointer.wait_until_finished()
         finally:
             checkpointer.close()
 
     return finish
+
+
+@contextlib.contextmanager
+def _disk_errors() -> Iterator[None]:
+    """TensorStore raises a ValueError whatever it is; where the system gave it a number, the OSError of that number."""
+    try:
+        yield
+    except ValueError as error:
+        if number := re.search(r"os_error_code='(\d+)'", str(error)):
+            raise OSError(int(number[1]), str(error)) from error
+        raise
 
 
 def read(folder: Path, places: Mapping[str, Place]) -> dict[str, Any]:

@@ -62,6 +62,8 @@ class Checkpointer:
                 raise ValueError(f"got {name}={number!r}; legal is an int from 1{none}")
         self.directory = folders.local_folder(directory)
         self.keep, self.every, self.asynchronous = keep, every, asynchronous
+        self.restored: CheckpointInfo | None = None
+        """What the step says of itself that `restore` gave back last."""
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -216,6 +218,7 @@ class Checkpointer:
             logger.warning("step %d: %d leaves were cast: %s", found.step, len(casts), "; ".join(casts))
             got = {path: cast_leaf(path, x, here[path][1]) if wanted[path].dtype != there[path].dtype else x
                    for path, x in got.items()}  # fmt: skip
+        self.restored = found
         structure: Any = jax.tree.structure(like)
         return structure.unflatten([got[path] if path in got else x for path, (_, x) in here.items()])
 

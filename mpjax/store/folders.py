@@ -103,7 +103,11 @@ def publish(folder: Path, directory: Path, step: int) -> Path:
                 f"step {step} is already in {directory}; a step is written once: save another, or into another directory"
             ) from error
         raise
-    sync_folder(directory)
+    try:
+        sync_folder(directory)
+    except OSError:  # a save that failed must leave no step, or it could not be made again
+        os.rename(target, folder)
+        raise
     return target
 
 

@@ -492,6 +492,7 @@ def test_fault_27_a_damaged_file_is_an_older_step_or_an_error_never_other_number
         else:  # without a manifest it is no step
             found = checkpointer.restore(numbered(0))
         assert bits(found) == bits(numbered(1)), name
+        assert checkpointer.restored is not None and checkpointer.restored.step == 1
 
 
 def test_fault_27_any_byte_of_the_manifest_may_flip(broken):
