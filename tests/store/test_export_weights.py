@@ -195,6 +195,13 @@ def test_linen_weights_serve_in_nnx_and_back(variables, file):
     assert_same((back.params, back.mstate), variables)
 
 
+def test_a_box_that_was_saved_as_a_node_is_filled(file):
+    """A checkpoint walks through Flax's boxes: their array stands one level deeper than in the model."""
+    mpjax.export_weights({"k": {"value": jnp.ones(2)}}, file, "float32")
+    found = mpjax.load_export(file, like=({"k": meta.Partitioned(jnp.zeros(2), ("x",))}, {}))
+    assert found.params["k"].names == ("x",) and found.params["k"].value.tolist() == [1, 1]
+
+
 def test_like_has_the_last_word_on_float_dtypes(variables, file):
     mpjax.export_weights(variables[0], file, "float32", mstate=variables[1])
     half = mpjax.wrap(Net(), "bfloat16")

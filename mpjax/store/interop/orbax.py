@@ -27,7 +27,8 @@ def load_orbax(path: str | os.PathLike, like: PyTree, rename: Names = ()) -> Imp
       like: `(params, mstate)` of arrays or shapes, such as `jax.eval_shape(model.init, key, *sample)` of a wrapped model.
       rename: rows of `(regex, path)` or `(regex, path, transform)` as in `mpjax.load_safetensors`, over paths such as
         `params/Dense_0/kernel`; `(regex, None)` drops what is not wanted, an optimizer's state. A path that no row has is kept:
-        `params/...` for params, `batch_stats/...` and the like for mstate.
+        `params/...` for params, `batch_stats/...` and the like for mstate. `("(.*)", r"params/\\1")` takes a tree that is
+        params alone.
 
     Returns:
       `Imported(params, mstate, casts)`.
