@@ -177,7 +177,7 @@ def digests(folder: Path, threads: int | None) -> float:
 def forget(folder: Path) -> None:
     """Ask the kernel to drop the files below a folder from its cache."""
     for path in files(folder):
-        with path.open("rb") as file:
+        with path.open("rb") as file, contextlib.suppress(OSError):  # a file system that has no such thing
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 

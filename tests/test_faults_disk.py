@@ -247,3 +247,19 @@ def test_fault_33_two_processes_save_to_one_directory(tmp_path):
             for step in outcome["saved"]:
                 np.testing.assert_array_equal(checkpointer.restore({"who": np.zeros(1000, int)}, step)["who"], who)
         assert {path.name for path in checkpointer.directory.iterdir()} == {".lock", *map(str, all_steps)}
+
+
+def test_fault_33_an_old_step_that_another_process_removed_first(tmp_path, monkeypatch):
+    """Where the file system knows no locks, two may prune at once."""
+    checkpointer = Checkpointer(tmp_path, keep=1)
+    checkpointer.save(state(1), 1)
+    rename = os.rename
+
+    def too_late(old, new):
+        if ".removing-" in str(new):
+            shutil.rmtree(old)
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", too_late)
+    checkpointer.save(state(2), 2)
+    assert_only(checkpointer, [2])

@@ -42,7 +42,8 @@ class Checkpointer:
       keep: how many of the newest steps stay; None: all.
       every: attempts between saves of a `CheckpointHook`; `save` itself saves whenever it is called.
       asynchronous: `save` returns once the arrays are copied; the rest goes on beside training. What goes wrong there is
-        raised by the next call of any method, and by `wait`.
+        raised by the next call of any method, and by `wait`. Let that be the last: a program that ends before a save does
+        loses it, since Python starts no more threads then, and Orbax needs them.
 
     Raises:
       ValueError: settings that make no sense.

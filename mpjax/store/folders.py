@@ -114,7 +114,10 @@ def publish(folder: Path, directory: Path, step: int) -> Path:
 def remove(directory: Path, step: int) -> None:
     """Take a step away: out of sight at one stroke, then file by file."""
     gone = directory / f"{_REMOVING}{step}-{uuid.uuid4().hex}"
-    os.rename(directory / str(step), gone)
+    try:
+        os.rename(directory / str(step), gone)
+    except FileNotFoundError:  # where there are no locks, another may have been as quick
+        return
     shutil.rmtree(gone)
 
 

@@ -26,11 +26,15 @@ HALVES = {"mixed_bfloat16": "bfloat16", "mixed_float16": "float16"}
 
 @functools.cache
 def prepared(case: Case, policy: str):
-    """(loss of params, params, mstate, apply) of a case under a policy; params are abstract, nothing is computed."""
+    """(loss of params, params, mstate, apply) of a case under a policy; params are abstract, nothing is computed.
+
+    Under jit, so that all tests of a case share one trace of the model.
+    """
     model = model_of(case, policy)
     params, mstate = jax.eval_shape(model.init, jax.random.key(0), case.sample)
     rng = jax.random.key(3) if case.train else None
 
+    @jax.jit
     def apply(params, mstate):
         return model.apply(params, mstate, case.sample, rng=rng, train=case.train or None)
 
@@ -75,8 +79,8 @@ def test_gradients_outputs_and_statistics_are_float32(case):
 @pytest.mark.parametrize("case", [case for case in CASES if case.by_hand], ids=lambda case: case.name)
 def test_residuals_are_those_of_the_model_by_hand(case):
     """The backward pass keeps at most 1.05 of the bytes that the same model written in bfloat16 by hand keeps."""
-    loss_fn, params, mstate, _ = prepared(case, "mixed_bfloat16")
-    ours = saved_residual_bytes(lambda p: loss_fn(p, mstate_of(mstate)), params)
+    _, params, mstate, apply = prepared(case, "mixed_bfloat16")
+    ours = saved_residual_bytes(lambda p: loss(apply.__wrapped__, p, mstate_of(mstate)), params)
     theirs = saved_residual_bytes(lambda p: loss_by_hand(case)(p, mstate_of(mstate)), params)
     assert 0 < ours <= 1.05 * theirs
 
@@ -85,13 +89,30 @@ def mstate_of(shapes):
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
+@functools.cache
+def started(case: Case):
+    """(model, params, mstate) of a case under float32."""
+    model = model_of(case, "float32")
+    return model, *jax.jit(model.init)(jax.random.key(0), case.sample)
+
+
+def output_of(model, case: Case, params, mstate, seeded: bool):
+    """What a model computes; `seeded`: with a key of its own, if it trains."""
+    rng = jax.random.key(3) if seeded else None
+    return jax.jit(lambda p, m: model.apply(p, m, case.sample, rng=rng, train=case.train or None)[0])(params, mstate)
+
+
+@functools.cache
+def float32_output(case: Case, seeded: bool):
+    return output_of(started(case)[0], case, *started(case)[1:], seeded)
+
+
 @pytest.mark.parametrize("case", RUN, ids=lambda case: case.name)
 def test_a_float32_policy_changes_nothing(case):
     """Under float32 the wrapped model is the bare Flax model, bit for bit where the sums are the same."""
-    model = model_of(case, "float32")
-    params, mstate = jax.jit(model.init)(jax.random.key(0), case.sample)
+    model, params, mstate = started(case)
     rng = jax.random.key(3) if case.train and case.door == "linen" else None
-    found = jax.jit(lambda p, m: model.apply(p, m, case.sample, rng=rng, train=case.train or None)[0])(params, mstate)
+    found = float32_output(case, rng is not None)
     if case.door == "linen":
         streams = None if rng is None else jax.random.fold_in(rng, 1)
         wanted = jax.jit(lambda p, m: plain(case, streams)(p, m)[0])(params, mstate)
@@ -110,15 +131,9 @@ def test_a_float32_policy_changes_nothing(case):
 )
 def test_half_precision_runs_and_stays_near_float32(case, policy):
     """The real thing, compiled: finite, and within the format's rounding of the float32 model."""
-    model, reference = model_of(case, policy), model_of(case, "float32")
-    params, mstate = jax.jit(reference.init)(jax.random.key(0), case.sample)
-    rng = jax.random.key(3) if case.train else None
-
-    def run(model):
-        out = jax.jit(lambda p, m: model.apply(p, m, case.sample, rng=rng, train=case.train or None)[0])(params, mstate)
-        return np.concatenate([np.ravel(x) for x in jax.tree.leaves(out)])
-
-    found, wanted = run(model), run(reference)
+    _, params, mstate = started(case)
+    outputs = output_of(model_of(case, policy), case, params, mstate, case.train), float32_output(case, case.train)
+    found, wanted = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(out)]) for out in outputs)
     # A few dozen roundings of eps / 2 each, some of which add up: 16 eps of the largest output covers every model here.
     assert np.abs(found - wanted).max() <= 16 * float(jnp.finfo(HALVES[policy]).eps) * np.abs(wanted).max()
     assert np.abs(found - wanted).max() > 0
@@ -146,3 +161,15 @@ def test_modules_under_nn_jit_obey_their_own_rules():
             params, mstate = jax.eval_shape(model.init, jax.random.key(0), SEQUENCE)
             found = audit(model.apply, params, mstate, SEQUENCE).select("dot")
             assert [op.operands[0] for op in found.ops] == [wanted["a"], wanted["b"]]
+
+
+def test_modules_under_nn_jit_are_found_however_often_one_looks():
+    """jax keeps the trace of a lifted body under a key; one made of an `id`, which is given away again, found an old one."""
+    from mpjax.wrap.linen.sites import record
+    from tests.wrap.zoo import SEQUENCE, Dense2, InnerJit
+
+    module = Dense2(InnerJit)
+    for _ in range(20):
+        sites = record(lambda: module.init(jax.random.key(0), SEQUENCE))
+        assert set(sites.classes) == {"", "a", "a/dense", "b", "b/dense"}
+        del sites

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -136,16 +137,15 @@ class Interceptor(contextlib.AbstractContextManager):
         target = frame.caller.stream if frame.caller else self.rules.default.output_dtype
         if leaves_rule:
             target = frame.found.policy.output_dtype
+        return jax.tree.map(functools.partial(self._convert, target=target, leaves_rule=leaves_rule), out)
 
-        def convert(x: Any) -> Any:
-            if not is_float(x) or id(x) in self.deliberate:
-                return x
-            y = cast_floating(x, target)
-            if leaves_rule:
-                self.deliberate[id(y)] = y
-            return y
-
-        return jax.tree.map(convert, out)
+    def _convert(self, x: Any, target: Any, leaves_rule: bool) -> Any:
+        if not is_float(x) or id(x) in self.deliberate:
+            return x
+        y = cast_floating(x, target)
+        if leaves_rule:
+            self.deliberate[id(y)] = y
+        return y
 
     def _subtree(self, path: str, caller: Frame | None) -> Any:
         """All that a trace of this module depends on: two modules with the same one may share a trace (but no sinks)."""

@@ -99,13 +99,15 @@ def _hand_back(out: Any, site: Site) -> Any:
 def _cast(tree: Any, dtype: Any, passes: frozenset = frozenset()) -> Any:
     """Float arrays in `dtype`. Modules, Rngs and Variables are pytrees too, but no values that flow: they stay as they are."""
 
-    def opaque(x: Any) -> bool:
-        return isinstance(x, (nnx.Pytree, nnx.Variable))
+    return jax.tree.map(functools.partial(_cast_leaf, dtype=dtype, passes=passes), tree, is_leaf=_is_opaque)
 
-    def leaf(x: Any) -> Any:
-        return x if opaque(x) or getattr(x, "dtype", None) in passes else cast_floating(x, dtype)
 
-    return jax.tree.map(leaf, tree, is_leaf=opaque)
+def _is_opaque(x: Any) -> bool:
+    return isinstance(x, (nnx.Pytree, nnx.Variable))
+
+
+def _cast_leaf(x: Any, dtype: Any, passes: frozenset) -> Any:
+    return x if _is_opaque(x) or getattr(x, "dtype", None) in passes else cast_floating(x, dtype)
 
 
 @functools.cache
