@@ -8,10 +8,11 @@ import numpy as np
 
 from mpjax.core.dtypes import is_float
 from mpjax.core.types import MState, Params
-from mpjax.store.checkpoint import ARRAYS, Checkpointer
+from mpjax.store.checkpoint import Checkpointer
 from mpjax.store.manifest import CheckpointError
 from mpjax.store.matching import read_leaves
 from mpjax.store.meta import CheckpointInfo
+from mpjax.store.saving import ARRAYS
 from mpjax.store.trees import listed, nested
 
 
