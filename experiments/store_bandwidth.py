@@ -8,7 +8,7 @@ Method     each way to save in a fresh folder, in turn; the order rotates, the f
            disk's queue is emptied before each save (sync). Medians, and from the least to the largest.
 Caches     a restore right after a save finds the files in the page cache. So the kernel is asked to drop them first
            (posix_fadvise; whether it does so is its own affair): that is `cold`. `cached` is the same restore once more.
-Time       3 minutes on 2 CPU cores that are otherwise idle, and 3 GB of disk.
+Time       10 minutes on 2 CPU cores that other work shares, and a GB of disk at a time.
 Run        python -m experiments.store_bandwidth
 """
 
