@@ -8,7 +8,7 @@ Method     each way to save in a fresh folder, in turn; the order rotates, the f
            disk's queue is emptied before each save (sync). Medians, and from the least to the largest.
 Caches     a restore right after a save finds the files in the page cache. So the kernel is asked to drop them first
            (posix_fadvise; whether it does so is its own affair): that is `cold`. `cached` is the same restore once more.
-Time       3 minutes on 2 CPU cores that are otherwise idle, and 3 GB of disk.
+Time       10 minutes on 2 CPU cores that other work shares, and a GB of disk at a time.
 Run        python -m experiments.store_bandwidth
 """
 
@@ -38,7 +38,7 @@ from rich.console import Console
 
 from experiments import _run
 from mpjax.measure.table import policy_table, to_markdown
-from mpjax.store import arrays, checkpoint
+from mpjax.store import arrays, checkpoint, saving
 
 Tree = dict[str, Any]
 
@@ -132,29 +132,30 @@ WAYS = {
 }  # fmt: skip
 
 PARTS = {
-    "refuse_nonfinite": "save: is it finite?",
-    "seal": "save: digests, fsync, manifest",
-    "check": "restore: digests",
+    (checkpoint, "refuse_nonfinite"): "save: is it finite?",
+    (saving, "seal"): "save: digests, fsync, manifest",
+    (checkpoint, "check"): "restore: digests",
 }
+"""From the function that does a part of the work, in the room that calls it, to the part in words."""
 
 
 @contextlib.contextmanager
 def parts_timed(seconds: dict[str, float]) -> Iterator[None]:
     """While this lasts, the last time that each part of a Checkpointer took is noted."""
 
-    def timed(name: str, function: Callable) -> Callable:
+    def timed(part: str, function: Callable) -> Callable:
         def run(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
-                seconds[PARTS[name]] = time.perf_counter() - start
+                seconds[part] = time.perf_counter() - start
 
         return run
 
     with contextlib.ExitStack() as stack:
-        for name in PARTS:
-            stack.enter_context(mock.patch.object(checkpoint, name, timed(name, getattr(checkpoint, name))))
+        for (room, name), part in PARTS.items():
+            stack.enter_context(mock.patch.object(room, name, timed(part, getattr(room, name))))
         yield
 
 
@@ -179,7 +180,7 @@ def digests(folder: Path, threads: int | None) -> float:
 def forget(folder: Path) -> None:
     """Ask the kernel to drop the files below a folder from its cache."""
     for path in files(folder):
-        with path.open("rb") as file:
+        with path.open("rb") as file, contextlib.suppress(OSError):  # a file system that has no such thing
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 

@@ -12,7 +12,7 @@ Checked    after each kill: every step there is restored and compared bit for bi
 Broken     `--broken=copies` puts a step into place file by file, `--broken=hasty` announces a save before it is on the disk:
            the same checks must fail then, or they show nothing.
 Limits     the kernel lives on: this says nothing about a power cut, against which a save only has its fsyncs.
-Time       3 minutes on 2 CPU cores.
+Time       6 minutes on 2 CPU cores that other work shares.
 Run        python -m experiments.store_kill --kills=200 --asynchronous=True
 """
 
@@ -41,10 +41,10 @@ from rich.console import Console
 
 from experiments import _run
 from mpjax.measure.table import policy_table, to_markdown
-from mpjax.store import arrays, checkpoint, folders
+from mpjax.store import arrays, checkpoint, folders, saving
 from mpjax.store.manifest import CheckpointWarning
 
-PHASES = {"data": (arrays, "write"), "manifest": (checkpoint, "seal"), "rename": (folders, "publish"),
+PHASES = {"data": (arrays, "write"), "manifest": (saving, "seal"), "rename": (folders, "publish"),
           "prune": (folders, "remove")}  # fmt: skip
 """From each phase to the function that the Checkpointer begins it by."""
 
@@ -227,7 +227,7 @@ def main(config: Config) -> list[dict[str, Any]]:
         hits = [row for row in rows if row["hit"] == phase]
         length = 1e3 * statistics.median(lengths[phase]) if lengths.get(phase) else None
         table.append({
-            "killed in": "between saves" if phase == "saved" else phase, "median length (ms)": length, "kills": len(hits),
+            "killed in": "outside of these" if phase == "saved" else phase, "median length (ms)": length, "kills": len(hits),
             "the step was there": sum(row["published"] for row in hits),
             "debris was there": sum(bool(row["debris"]) for row in hits),
             "failed": sum(bool(row["failures"]) for row in hits),

@@ -55,7 +55,15 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "policy.policy": ("Policy", "cast_to_full", "cast_to_half", "get_policy"),
     "policy.rules": ("PolicyMap",),
     "store.checkpoint": ("Checkpointer",),
+    "store.export.forward": ("Forward", "load_forward"),
+    "store.export.loading": ("Exported", "load_export"),
+    "store.export.lowering": ("export_forward",),
+    "store.export.report": ("ExportReport",),
+    "store.export.weights": ("export_weights",),
     "store.hook": ("CheckpointHook",),
+    "store.interop.huggingface": ("load_safetensors",),
+    "store.interop.names": ("Imported",),
+    "store.interop.orbax": ("load_orbax",),
     "store.manifest": ("CheckpointError", "CheckpointWarning"),
     "store.meta": ("CheckpointInfo",),
     "train.advice": ("check_optimizer",),
@@ -121,7 +129,15 @@ if TYPE_CHECKING:
     )
     from mpjax.policy.rules import PolicyMap as PolicyMap
     from mpjax.store.checkpoint import Checkpointer as Checkpointer
+    from mpjax.store.export.forward import Forward as Forward, load_forward as load_forward
+    from mpjax.store.export.loading import Exported as Exported, load_export as load_export
+    from mpjax.store.export.lowering import export_forward as export_forward
+    from mpjax.store.export.report import ExportReport as ExportReport
+    from mpjax.store.export.weights import export_weights as export_weights
     from mpjax.store.hook import CheckpointHook as CheckpointHook
+    from mpjax.store.interop.huggingface import load_safetensors as load_safetensors
+    from mpjax.store.interop.names import Imported as Imported
+    from mpjax.store.interop.orbax import load_orbax as load_orbax
     from mpjax.store.manifest import CheckpointError as CheckpointError, CheckpointWarning as CheckpointWarning
     from mpjax.store.meta import CheckpointInfo as CheckpointInfo
     from mpjax.train.advice import check_optimizer as check_optimizer

@@ -34,6 +34,20 @@ jaxtyping.install_import_hook("mpjax", "beartype.beartype(conf=beartype.Beartype
 
 TESTS = Path(__file__).parent
 STRICT = {"core", "policy", "numerics"}
+OPTIMIZED = {"core", "policy", "numerics", "train", "store"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Half the compile time, at a lower level of LLVM, where it is dtypes, structure and reports that are tested.
+
+    The floors that make numbers, every test of a fault, and tests marked `optimized` (they promise the same bits from two
+    programs) run as users' programs do.
+    """
+    path = item.path.relative_to(TESTS) if item.path.is_relative_to(TESTS) else Path("mpjax")
+    numbers = path.parts[0] in OPTIMIZED or path.name.startswith("test_faults")
+    quick = not numbers and item.get_closest_marker("optimized") is None
+    jax.config.update("jax_disable_most_optimizations", quick)
 
 
 @pytest.fixture(autouse=True)

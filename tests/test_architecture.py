@@ -34,6 +34,7 @@ DOORS = {
     "flax.linen": "mpjax.wrap.linen",
     "flax.nnx": "mpjax.wrap.nnx",
     "orbax": "mpjax.store",
+    "safetensors": "mpjax.store",
     "matplotlib": "mpjax.measure.plots",
 }
 LAZILY = {"matplotlib", "orbax"}

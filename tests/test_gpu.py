@@ -154,3 +154,25 @@ def test_fault_24_a_run_saved_and_restored_on_the_gpu_is_bit_identical(asynchron
     for batch in batches[3:]:
         resumed, _ = step(resumed, batch)
     assert bits(resumed) == bits(state) and int(resumed.step) == 6
+
+
+def test_an_exported_program_holds_no_fused_kernel_and_runs_here_and_on_the_cpu(tmp_path):
+    """Here attention of 64 tokens in bfloat16 is cuDNN's fused kernel; a program for three platforms cannot hold it."""
+    task = job("mixed_bfloat16")
+    tokens = task.sample[0]
+    params, mstate = task.model.init(jax.random.key(0), tokens)
+
+    def forward(params, mstate, tokens):
+        return task.model.apply(params, mstate, tokens)[0]
+
+    assert "cudnn" in jax.jit(forward).lower(params, mstate, tokens).as_text()
+    exported = mpjax.export_forward(task.model, params, mstate, tokens, path=tmp_path / "f")
+    assert "cudnn" not in exported.program.mlir_module() and exported.platforms == ("cpu", "cuda", "tpu")
+    loaded = mpjax.load_forward(tmp_path / "f")
+    fused = np.asarray(jax.jit(forward)(params, mstate, tokens), np.float64)
+    here = np.asarray(loaded(params, mstate, tokens), np.float64)
+    cpu = jax.devices("cpu")[0]
+    there = np.asarray(loaded(*jax.device_put((params, mstate, tokens), cpu)), np.float64)
+    eps = 2.0**-7  # of bfloat16
+    for other in (here, there):
+        assert np.linalg.norm(other - fused) <= 4 * eps * np.linalg.norm(fused)

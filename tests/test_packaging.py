@@ -71,7 +71,8 @@ def test_the_wheel_asks_for_the_runtime_dependencies_and_no_more(wheel):
         metadata = email.message_from_bytes(archive.read(f"mpjax-{mpjax.__version__}.dist-info/METADATA"))
     needs = metadata.get_all("Requires-Dist")
     runtime = {re.split(r"[\[<>=~!; ]", need)[0] for need in needs if "extra ==" not in need}
-    assert runtime == set("jax jaxlib flax optax chex jmp orbax-checkpoint jaxtyping tyro rich scipy".split())
+    ours = "jax jaxlib flax optax chex jmp orbax-checkpoint jaxtyping tyro rich scipy safetensors flatbuffers"
+    assert runtime == set(ours.split())
     assert set(metadata.get_all("Provides-Extra")) == set("cuda12 cuda13 tpu experiments notebooks test dev".split())
     assert (metadata["Requires-Python"], metadata["Version"]) == (">=3.11", mpjax.__version__)
 

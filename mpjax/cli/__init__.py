@@ -10,6 +10,7 @@ import tyro
 
 import mpjax
 from mpjax.cli.doctor import doctor
+from mpjax.cli.export import export
 from mpjax.cli.inspection import inspect
 from mpjax.cli.lint import lint
 from mpjax.cli.parity import parity
@@ -28,6 +29,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "probe": probe,
     "parity": parity,
     "train": train,
+    "export": export,
     "plot": plot,
 }
 """From the name of a command to the function that runs it and returns its exit code."""

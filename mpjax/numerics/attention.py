@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -124,6 +127,25 @@ def _scores(query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Arra
     return jnp.einsum("...qhd,...khd->...hqk", query * scale, key, precision=precision)
 
 
+_fused_allowed = contextvars.ContextVar("fused_allowed", default=True)
+
+
+@contextlib.contextmanager
+def unfused() -> Iterator[None]:
+    """What is traced in here takes no fused kernel: a program for several platforms, or for a file, can hold none.
+
+    >>> with unfused():
+    ...     x = jnp.ones((1, 64, 2, 64), jnp.bfloat16)
+    ...     fits_cudnn(x, x, x, None)
+    False
+    """
+    token = _fused_allowed.set(False)
+    try:
+        yield
+    finally:
+        _fused_allowed.reset(token)
+
+
 def fits_cudnn(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> bool:
     """Whether this runs on a GPU and cuDNN's fused kernel takes these shapes, `[batch, length, heads, depth]`.
 
@@ -139,7 +161,8 @@ def fits_cudnn(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Arr
     halves = all(x.dtype in (jnp.bfloat16, jnp.float16) and x.dtype == query.dtype for x in (query, key, value))
     shapes = query.ndim == 4 and value.shape == key.shape and depth % 8 == 0 and depth <= 128
     lengths = all(x.ndim > 1 and x.shape[1] % 64 == 0 for x in (query, key))
-    return jax.default_backend() == "gpu" and halves and shapes and lengths and (mask is None or mask.ndim == 4)
+    here = _fused_allowed.get() and jax.default_backend() == "gpu"
+    return here and halves and shapes and lengths and (mask is None or mask.ndim == 4)
 
 
 def _causal(query: jax.Array, key: jax.Array) -> jax.Array:

@@ -13,19 +13,17 @@ import jax
 import numpy as np
 
 from mpjax.policy.patterns import governs
-from mpjax.store import arrays, folders
+from mpjax.store import folders, saving
 from mpjax.store.finite import refuse_nonfinite
-from mpjax.store.leaves import Leaf, leaves_of, to_arrays
-from mpjax.store.manifest import CheckpointError, CheckpointWarning, DamagedError, check, seal, write_durably
+from mpjax.store.leaves import Leaf, leaves_of
+from mpjax.store.manifest import CheckpointError, CheckpointWarning, DamagedError, check
 from mpjax.store.matching import cast_leaf, read_leaves, refuse_misfits
-from mpjax.store.meta import META, CheckpointInfo, meta_text, read_meta
+from mpjax.store.meta import CheckpointInfo, meta_text, read_meta
 from mpjax.train.state import TrainState
 
 S = TypeVar("S")
 
 logger = logging.getLogger("mpjax")
-
-ARRAYS = "arrays"
 
 
 class Checkpointer:
@@ -42,7 +40,8 @@ class Checkpointer:
       keep: how many of the newest steps stay; None: all.
       every: attempts between saves of a `CheckpointHook`; `save` itself saves whenever it is called.
       asynchronous: `save` returns once the arrays are copied; the rest goes on beside training. What goes wrong there is
-        raised by the next call of any method, and by `wait`.
+        raised by the next call of any method, and by `wait`. Let that be the last: a program that ends before a save does
+        loses it, since Python starts no more threads then, and Orbax needs them.
 
     Raises:
       ValueError: settings that make no sense.
@@ -104,51 +103,17 @@ class Checkpointer:
         leaves = leaves_of(state)
         refuse_nonfinite(leaves, allow_nonfinite)
         words = meta_text(step, (leaf for leaf, _ in leaves.values()), policy, extra)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        lock = folders.Lock(self.directory)
-        try:
-            if lock.alone:
-                folders.sweep(self.directory)
-            self._make_room(step)
-            folder = folders.temporary(self.directory, step)
-            with folders.discarded_on_error(folder):
-                write_durably(folder / META, words)
-                written = arrays.write(folder / ARRAYS, to_arrays(leaves))
-        except BaseException:
-            lock.release()
-            raise
+        finish = saving.begin(self.directory, step, leaves, words, self.keep)
         if self.asynchronous:
-            self._thread = threading.Thread(target=self._finish_beside, args=(written, folder, step, lock))
+            self._thread = threading.Thread(target=self._finish_beside, args=(finish,))
             self._thread.start()
         else:
-            self._finish(written, folder, step, lock)
+            finish()
         return self.directory / str(step)
 
-    def _make_room(self, step: int) -> None:
-        """Take away a damaged step of the same number, which a run that fell back behind it comes to again."""
-        if step not in folders.steps(self.directory):
-            return
+    def _finish_beside(self, finish: Callable[[], None]) -> None:
         try:
-            check(self.directory / str(step))
-        except DamagedError as error:
-            logger.warning("%s; it is replaced", error)
-            folders.remove(self.directory, step)
-
-    def _finish(self, written: Callable[[], None], folder: Path, step: int, lock: folders.Lock) -> None:
-        try:
-            with folders.discarded_on_error(folder):
-                written()
-                seal(folder)
-                folders.publish(folder, self.directory, step)
-            others = [old for old in folders.steps(self.directory) if old != step]
-            for old in others[: max(len(others) + 1 - self.keep, 0)] if self.keep else []:
-                folders.remove(self.directory, old)
-        finally:
-            lock.release()
-
-    def _finish_beside(self, *args: Any) -> None:
-        try:
-            self._finish(*args)
+            finish()
         except BaseException as error:
             logger.error("a save failed: %s", error)
             self._error = error
@@ -248,7 +213,7 @@ class Checkpointer:
         return self._whole(step)
 
     def _arrays(self, step: int) -> Path:
-        return self.directory / str(step) / ARRAYS
+        return self.directory / str(step) / saving.ARRAYS
 
     def _whole(self, step: int | None) -> CheckpointInfo:
         """The metadata of a step that was verified: of the newest that is whole, or of this one."""

@@ -74,7 +74,7 @@ class Lock:
         except OSError:  # a file system without locks: one step still appears at one stroke
             self.alone = False
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Let others write."""
         if self.alone:
             fcntl.flock(self._file, fcntl.LOCK_UN)  # a forked child may still have the file open
@@ -88,6 +88,13 @@ def temporary(directory: Path, step: int) -> Path:
     return folder
 
 
+def step_exists(directory: Path, step: int) -> FileExistsError:
+    """The error of who would write a step twice."""
+    return FileExistsError(
+        f"step {step} is already in {directory}; a step is written once: save another, or into another directory"
+    )
+
+
 def publish(folder: Path, directory: Path, step: int) -> Path:
     """Make a sealed folder the step, at one stroke.
 
@@ -99,9 +106,7 @@ def publish(folder: Path, directory: Path, step: int) -> Path:
         os.rename(folder, target)  # replaces an empty folder, and no other
     except OSError as error:
         if target.exists():
-            raise FileExistsError(
-                f"step {step} is already in {directory}; a step is written once: save another, or into another directory"
-            ) from error
+            raise step_exists(directory, step) from error
         raise
     try:
         sync_folder(directory)
@@ -114,7 +119,10 @@ def publish(folder: Path, directory: Path, step: int) -> Path:
 def remove(directory: Path, step: int) -> None:
     """Take a step away: out of sight at one stroke, then file by file."""
     gone = directory / f"{_REMOVING}{step}-{uuid.uuid4().hex}"
-    os.rename(directory / str(step), gone)
+    try:
+        os.rename(directory / str(step), gone)
+    except FileNotFoundError:  # where there are no locks, another may have been as quick
+        return
     shutil.rmtree(gone)
 
 

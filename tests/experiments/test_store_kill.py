@@ -38,6 +38,6 @@ def test_fault_23_no_kill_loses_a_save(asynchronous, tmp_path):
     ],
 )
 def test_a_checkpointer_that_loses_saves_is_found_out(broken, phase, seen, tmp_path):
-    config = store_kill.Config(kills=3, phases=(phase,), leaves=3, broken=broken, workdir=str(tmp_path))
+    config = store_kill.Config(kills=4, phases=(phase,), leaves=3, broken=broken, workdir=str(tmp_path))
     with pytest.raises(SystemExit, match=f"kills lost something, the first: .*({seen})"):
         store_kill.main(config)

@@ -114,6 +114,7 @@ def both(loss_fn, optimizer, state, batch, **options):
     return (after, metrics), (seen, told), ProbeReport.of(jax.device_get(found), 0, float(metrics["loss_scale"]))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("door", DOORS)
 def test_a_probed_step_is_the_same_to_the_last_bit(door, kind):
@@ -125,6 +126,7 @@ def test_a_probed_step_is_the_same_to_the_last_bit(door, kind):
     assert set(report.select("activation")) == set(report.select("gradient")) == modules | {"", "head"}
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("door", DOORS)
 def test_accumulation_counts_every_micro_batch(door):
     plain, probed, report = both(*parts(door, "scan", "mixed_float16"), jnp.concatenate([X, X]), accumulate=2)
@@ -133,6 +135,7 @@ def test_accumulation_counts_every_micro_batch(door):
     assert report.select("activation")["layers/up"].count == 3 * 6 * 8 * 4
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("door", "reduce_dtype"), [("linen", None), ("nnx", "float32")])
 def test_eight_devices_count_as_one(door, reduce_dtype):
     loss_fn, optimizer, state = parts(door, "loop")

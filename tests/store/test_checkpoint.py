@@ -351,8 +351,11 @@ def test_a_step_is_written_once(broken):
     assert bits(Checkpointer(broken).restore(numbered(0), 2)) == bits(numbered(2))
 
 
-def test_a_damaged_step_gives_way_to_the_run_that_comes_to_it_again(broken, caplog):
-    (broken / "2" / "meta.json").write_text("{}")
+@pytest.mark.parametrize(
+    "damage", [lambda step: (step / "meta.json").write_text("{}"), lambda step: (step / MANIFEST).unlink()]
+)
+def test_a_damaged_step_gives_way_to_the_run_that_comes_to_it_again(damage, broken, caplog):
+    damage(broken / "2")
     Checkpointer(broken).save(numbered(7), 2)
     assert "is replaced" in caplog.text
     assert bits(Checkpointer(broken).restore(numbered(0))) == bits(numbered(7))

@@ -161,3 +161,15 @@ def test_modules_under_nn_jit_obey_their_own_rules():
             params, mstate = jax.eval_shape(model.init, jax.random.key(0), SEQUENCE)
             found = audit(model.apply, params, mstate, SEQUENCE).select("dot")
             assert [op.operands[0] for op in found.ops] == [wanted["a"], wanted["b"]]
+
+
+def test_modules_under_nn_jit_are_found_however_often_one_looks():
+    """jax keeps the trace of a lifted body under a key; one made of an `id`, which is given away again, found an old one."""
+    from mpjax.wrap.linen.sites import record
+    from tests.wrap.zoo import SEQUENCE, Dense2, InnerJit
+
+    module = Dense2(InnerJit)
+    for _ in range(20):
+        sites = record(lambda: module.init(jax.random.key(0), SEQUENCE))
+        assert set(sites.classes) == {"", "a", "a/dense", "b", "b/dense"}
+        del sites

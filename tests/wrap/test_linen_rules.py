@@ -315,6 +315,7 @@ def test_train_reaches_the_method_that_takes_it_and_no_other():
     assert plain.apply(params, mstate, SEQUENCE, train=True)[0].shape == (4, 8, 2)
 
 
+@pytest.mark.optimized
 def test_cast_params_once_for_evaluation_gives_the_same_bits():
     rules = {"layers_1": "compute=float16"}
     model, params, mstate = made(LM(), rules, TOKENS)

@@ -407,6 +407,7 @@ def test_methods_are_entered_like_the_call():
         model.apply(params, mstate, X, method="decode")
 
 
+@pytest.mark.optimized
 def test_cast_params_once_for_evaluation_gives_the_same_bits():
     model, params, mstate = made(lm("loop"), {"layers/1": "float16"})
     cast = model.cast_params(params)

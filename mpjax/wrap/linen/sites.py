@@ -51,6 +51,7 @@ class Sites:
 def record(call: Callable[[], Any]) -> Sites:
     """The sites that `call` visits; nothing is computed."""
     sites, visits = Sites(), itertools.count()
+    this_record = object()  # itself, not its id: jax's cache keeps the key, and an id is given away again
     callers: list[str] = []
 
     def recorder(next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
@@ -58,7 +59,7 @@ def record(call: Callable[[], Any]) -> Sites:
         lifted = lifted_path(context, callers[-1] if callers else None)
         if lifted is not None:
             sites.lifted.setdefault(lifted, set()).update(_lifts(cls) or {"method"})
-            visits_key.append(trace_key((id(sites), next(visits))))  # every lifted body must be traced, none reused
+            visits_key.append(trace_key((this_record, next(visits))))  # every lifted body must be traced, none reused
             visits_key[-1].__enter__()
         if module.scope is None or not hasattr(cls, context.method_name):
             return next_fun(*args, **kwargs)

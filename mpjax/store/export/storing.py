@@ -1,0 +1,99 @@
+"""One leaf as an exported file holds it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpjax.core.dtypes import is_float
+from mpjax.store.export.formats import LARGEST, channel_axis, dequantise, keeps_float32, quantise
+from mpjax.store.trees import Keys, is_key
+
+_NOT_IN_SAFETENSORS = frozenset({"complex128", "int2", "int4", "uint2", "uint4"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """What is written of a leaf: an array, the name of its format, its scale, a note for the report.
+
+    `more` is what else the metadata must say for it to be read.
+    """
+
+    array: np.ndarray
+    format: str
+    scale: np.ndarray | None = None
+    note: str = ""
+    more: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def read_back(self) -> np.ndarray:
+        """The numbers that a reader gets."""
+        return self.array if self.scale is None else dequantise(self.array, self.scale)
+
+
+def is_weight(keys: Keys, leaf: Any) -> bool:
+    """Whether a rule decides the format of a leaf: of every float param."""
+    return keys[0] == "params" and (is_float(leaf) or isinstance(leaf, float))
+
+
+def store(name: str, leaf: Any, form: str | None, per: str) -> Stored:
+    """A leaf in a format.
+
+    Args:
+      name: its path, for errors and to tell what it is.
+      leaf: an array, a key or a Python number.
+      form: one of `FORMATS`; None: as it is.
+      per: `channel` or `tensor`.
+
+    Raises:
+      ValueError: NaN or infinity, or what the format cannot hold; no array.
+
+    >>> store("params/w", np.ones((2, 2), np.float32), "bfloat16", "channel").array.dtype
+    dtype(bfloat16)
+    """
+    if is_key(leaf):
+        impl = str(jax.random.key_impl(leaf))
+        return Stored(np.asarray(jax.random.key_data(leaf)), "key", more={"key_impl": impl})
+    x = as_array(name, leaf)
+    if jnp.issubdtype(x.dtype, jnp.inexact) and not np.isfinite(x).all():
+        raise ValueError(
+            f"got NaN or infinity in {name}; legal are finite weights, since serving would only hand it on; export a state "
+            "from before it diverged (mpjax.diagnose finds where)"
+        )
+    if form is None:
+        return Stored(x, x.dtype.name)
+    note = ""
+    if form in LARGEST and (reason := keeps_float32(name, x.ndim)):
+        form, note = "float32", f"{reason}: not {form}"
+    array, scale = quantise(x, form, channel_axis(name) if per == "channel" else None)
+    if scale is None and not np.isfinite(array).all():
+        amax, most = np.abs(x.astype(np.float64)).max(), float(jnp.finfo(form).max)
+        path = name.partition("/")[2]
+        otherwise = f"to={{{path!r}: 'bfloat16', '**': 'float16'}}" if form == "float16" else "scale it down"
+        raise ValueError(
+            f"got a value of {amax:.6g} in {name}; {form} ends at {most:.6g}; store this one otherwise: {otherwise}"
+        )
+    return Stored(array, form, scale, note)
+
+
+def as_array(name: str, leaf: Any) -> np.ndarray:
+    """The leaf in numpy.
+
+    Raises:
+      ValueError: it is no array of a dtype that safetensors has.
+
+    >>> as_array("params/w", 0.5).dtype
+    dtype('float32')
+    """
+    try:
+        x = np.asarray(leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf))
+    except TypeError:  # jax takes no strings, no functions
+        x = np.asarray(None)
+    if x.dtype.kind in "OUS" or x.dtype.name in _NOT_IN_SAFETENSORS:
+        raise ValueError(
+            f"got {type(leaf).__name__} of {x.dtype} at {name}; legal are arrays of a dtype that safetensors has; take it out"
+        )
+    return x
