@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
+import mpjax
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -24,8 +26,9 @@ class Net(nn.Module):
         return nn.Dense(10, name="head")(x.mean(1))
 
 
-def test_the_example_runs_as_it_stands(capsys):
-    code, on_devices = re.findall(r"```python\n(.*?)```", README, re.S)
+def test_the_example_runs_as_it_stands(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, on_devices, going_on, serving = re.findall(r"```python\n(.*?)```", README, re.S)
     images = jax.random.normal(jax.random.key(0), (8, 8, 8, 1))
     names = {"module": Net(), "sample": images[:1], "batch": {"image": images, "label": jnp.arange(8)}}
     exec(compile(code, "README.md", "exec"), names)
@@ -38,6 +41,16 @@ def test_the_example_runs_as_it_stands(capsys):
     assert len(apart["state"].params["head"]["kernel"].sharding.device_set) == jax.device_count() > 1
     assert bool(jnp.isfinite(apart["metrics"]["loss"]))
     step, state = names["step"], names["state"]
+    twice = going_on.replace("10_000", "3"), going_on.replace("10_000", "5")
+    for text, steps in zip(twice, ([1, 2], [3, 4]), strict=True):  # one was made above
+        run = dict(names) | {"state": jax.tree.map(jnp.copy, state), "batches": lambda _: names["batch"]}
+        exec(compile(text, "README.md", "exec"), run)
+        assert [row["attempt"] for row in run["result"].history] == steps
+    mpjax.export_weights(state.params, "net.safetensors", "float32", mstate=state.mstate)
+    run = dict(names)
+    exec(compile(serving, "README.md", "exec"), run)
+    expected, _ = jax.jit(names["model"].apply)(state.params, state.mstate, run["sample"])
+    assert jnp.array_equal(run["y"], expected) and run["forward"](state.params, {}, images).shape == (8, 10)
     losses = []
     for _ in range(30):
         state, metrics = step(state, names["batch"])
