@@ -47,8 +47,8 @@ def fit(
     stops, tells the hooks of the end (`CheckpointHook` saves there) and returns. An evaluation in progress is left between
     two batches, and made when the run goes on. A second signal, once the first was heard (Python hears none inside
     compiled code), leaves at once: it does what it did before `fit` took hold of it, but that Ctrl-C ends a script also
-    inside compiled code. All this in the main thread only, and not for a signal that is
-    ignored; when `fit` returns, the handlers are what they were.
+    inside compiled code. All this in the main thread only, and not for a signal that is ignored; when `fit` returns, the
+    handlers are what they were.
 
     Args:
       step: a `TrainStep`, or any function like it.
