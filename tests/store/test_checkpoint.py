@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import re
@@ -292,6 +293,26 @@ def test_fault_32_a_dtype_that_no_checkpoint_holds_is_not_believed(broken):
     seal(broken / "2")
     with pytest.raises(CheckpointError, match="'object', which no checkpoint holds"):
         Checkpointer(broken).restore(numbered(0), 2)
+
+
+def test_fault_32_nothing_here_unpickles_or_evaluates():
+    """No file that mpjax or an experiment reads can run code: what would do so is nowhere imported or called."""
+    root = Path(mpjax.__file__).parents[1]
+    runs_code = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}, {"eval", "exec", "compile"}
+    found = []
+    for path in [*root.glob("mpjax/**/*.py"), *root.glob("experiments/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            bad = any(name.partition(".")[0] in runs_code[0] for name in names)
+            bad |= isinstance(node, ast.Call) and getattr(node.func, "id", "") in runs_code[1]
+            bad |= (
+                isinstance(node, ast.keyword)
+                and node.arg == "allow_pickle"
+                and getattr(node.value, "value", 1) is not False
+            )
+            found += [f"{path.relative_to(root)}:{node.lineno}"] if bad else []
+    assert found == []
 
 
 @pytest.mark.parametrize("step", ["../x", "5", -1, 1.5, True, None, np.float32(2)])
