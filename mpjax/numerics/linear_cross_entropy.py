@@ -95,7 +95,7 @@ def linear_softmax_cross_entropy(
     plan = _Plan(chunk, transposed, float(label_smoothing), float(z_loss), kernel.dtype, bias_dtype)
     # The gradient by a logit is at most its token's weight, or 2 z |log Σ exp| times that. With the largest weight at
     # 2⁸ float16 has room for seven bits of a z-loss below 65504, and a probability of 2⁻²² is still a normal number.
-    scale = _scale_below(jnp.abs(weights).max(initial=0), 9)
+    scale = _scale_to(2.0**8, jnp.abs(weights).max(initial=0))
     rows = hidden.reshape(labels.size, hidden.shape[-1])
     total = _total(plan, rows, kernel, bias, labels.ravel(), weights.ravel() * scale)
     return total / scale, weights.sum()
@@ -181,11 +181,18 @@ def _product(x: jax.Array, y: jax.Array, over: tuple[int, int]) -> jax.Array:
     return jax.lax.dot_general(x, y, contracted, preferred_element_type=wide_dtype(x))
 
 
-def _scale_below(most: jax.Array, exponent: int) -> jax.Array:
-    """The power of two that brings `most` into [2ᵉ⁻¹, 2ᵉ), so that it scales exactly; 1 if `most` is 0 or not finite."""
+def _scale_to(target: float, most: jax.Array) -> jax.Array:
+    """The power of two that brings `most` near `target`, itself one: from 3/4 of it to 3/2. 1 if nothing sensible does.
+
+    Being a power of two, it rounds nothing that it scales.
+
+    >>> _scale_to(256.0, jnp.array([1.0, 0.3, 0.0, jnp.inf])).tolist()
+    [256.0, 1024.0, 1.0, 1.0]
+    """
     most = jax.lax.stop_gradient(most)
-    power = jnp.ldexp(jnp.ones_like(most), jnp.clip(exponent - jnp.frexp(most)[1], -100, 100))
-    return jnp.where(jnp.isfinite(most) & (most > 0), power, jnp.ones_like(most))
+    power = jax.lax.reduce_precision(most, jnp.finfo(most.dtype).nexp, mantissa_bits=0)
+    usable = (power > 2.0**-100) & jnp.isfinite(power)
+    return jnp.where(usable, target / jnp.where(usable, power, jnp.ones_like(power)), jnp.ones_like(power))
 
 
 def _logits(plan: _Plan, hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
@@ -227,7 +234,7 @@ def _total_and_slopes(
         by_hidden = _product(by_logits, narrow, (1, 0 if plan.transposed else 1))
         left, right = (by_logits, seen) if plan.transposed else (seen, by_logits)
         by_kernel = by_kernel + _product(left, right, (0, 0))
-        scales = _scale_below(jnp.abs(by_hidden).max(-1, keepdims=True, initial=0), 15)
+        scales = _scale_to(2.0**14, jnp.abs(by_hidden).max(-1, keepdims=True, initial=0))
         return (total + losses.sum(), by_kernel, by_bias), (
             (by_hidden * scales).astype(narrow.dtype),
             scales,

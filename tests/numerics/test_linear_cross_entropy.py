@@ -39,7 +39,6 @@ CASES = {
     "one token at a time": Case(sizes=(3, 4, 11), chunk=1, weighted=True),
     "everything, a ragged last chunk": Case(bias=True, weighted=True, smoothing=0.1, z=1e-2),
     "everything, tied": Case(bias=True, weighted=True, transposed=True, smoothing=0.1, z=1e-2),
-    "equal chunks of whole tiles": Case(sizes=(200, 4, 11), chunk=192, transposed=True),
 }
 
 
@@ -104,11 +103,8 @@ def options(case: Case) -> dict:
         ("plain, one chunk", jnp.float32),
         ("one token at a time", jnp.float16),
         ("everything, a ragged last chunk", jnp.bfloat16),
-        ("everything, a ragged last chunk", jnp.float32),
         ("everything, tied", jnp.float16),
-        ("everything, tied", jnp.bfloat16),
         ("everything, tied", jnp.float32),
-        ("equal chunks of whole tiles", jnp.bfloat16),
     ],
 )
 def test_values_and_gradients_equal_float64(name, dtype):
@@ -119,13 +115,13 @@ def test_values_and_gradients_equal_float64(name, dtype):
     want, gradients, error, errors = by_hand(case, values, labels, dtype)
     assert total.dtype == weight.dtype == jnp.float32 and total.shape == weight.shape == ()
     assert abs(float(total) - want) <= error
-    count = exact(values["weights"]).sum() if case.weighted else case.sizes[0]
-    np.testing.assert_allclose(weight, count, rtol=16 * EPS32, atol=16 * 100 * EPS32)
+    weights = exact(values["weights"]) if case.weighted else np.ones(case.sizes[0])
+    np.testing.assert_allclose(weight, weights.sum(), rtol=0, atol=16 * EPS32 * np.abs(weights).sum())
     assert slopes.keys() == values.keys()
     for key, slope in slopes.items():
         assert slope.dtype == values[key].dtype and slope.shape == values[key].shape
         assert_within(slope, gradients[key], errors[key])
-    if name == "everything, tied" and dtype == jnp.float16:  # without a gradient the same number
+    if (name, dtype) == ("everything, tied", jnp.float32):  # without a gradient the same number
         alone, _ = jax.jit(lambda v: fused(**v, labels=labels, **options(case)))(values)
         assert abs(float(alone) - want) <= error
 
@@ -153,29 +149,34 @@ def test_a_loss_scale_saves_the_small_gradients_of_float16():
         want, gradients, error, errors = by_hand(case, values, labels, jnp.float16)
         args = (values["hidden"].astype(jnp.float32), values["kernel"])
         for weight in (1.0, 1e-6, 1e6):
-            value, slopes = run(scale, *args, jnp.full(64, weight), share)
+            value, slopes = run(scale, *args, np.full(64, weight, np.float32), share)
             assert abs(float(value) - want * share / 64) <= (error + 64 * EPS32 * want) * share / 64
             for got, key in zip(slopes, ("hidden", "kernel"), strict=True):
                 exactly, off = gradients[key] * share / 64, errors[key] * share / 64
                 # ∂hidden leaves as float16: beyond its relative error, half a subnormal at the loss scale.
                 off = off + 8 * EPS32 * np.abs(exactly) + 2.0**-25 / 2**15
                 np.testing.assert_array_less(np.abs(exact(got) - exactly), off)
-        lost = exact(run(none, *args, jnp.ones(64), share)[1][0])
+        lost = exact(run(none, *args, np.ones(64, np.float32), share)[1][0])
         assert (lost == 0).mean() > 0.2  # what the scale is for
-        too_much = run(scale, *args, jnp.ones(64), share * 2.0**50)[1][0]
+        too_much = run(scale, *args, np.ones(64, np.float32), share * 2.0**50)[1][0]
         assert not jnp.isfinite(too_much).all()  # and never a wrong number
 
 
 def test_float32_hidden_is_multiplied_in_the_named_dtype():
-    """As `mixed_bfloat16` hands it out: float32, holding bfloat16 values."""
-    case = Case(transposed=True)
+    """As `mixed_bfloat16` hands it out: float32, holding bfloat16 values. Two equal chunks of two tiles of 64 rows."""
+    case = Case(sizes=(200, 4, 11), chunk=192, transposed=True)
     values, labels = inputs(case, jnp.bfloat16)
-    wide = {**values, "hidden": values["hidden"].astype(jnp.float32)}
-    run = jax.jit(jax.value_and_grad(lambda v: fused(**v, labels=labels, transposed=True, compute_dtype="bfloat16")[0]))
-    (total, slopes), (want, narrow) = run(wide), run(values)
-    assert total == want and slopes["hidden"].dtype == jnp.float32
-    assert jnp.array_equal(slopes["hidden"], narrow["hidden"].astype(jnp.float32))
-    assert jnp.array_equal(slopes["kernel"], narrow["kernel"])
+    values["hidden"] = values["hidden"].astype(jnp.float32)
+    slope = jax.value_and_grad(lambda v: fused(**v, labels=labels, **options(case), compute_dtype="bfloat16")[0])
+    total, slopes = jax.jit(slope)(values)
+    want, gradients, error, errors = by_hand(case, values, labels, jnp.bfloat16)
+    assert abs(float(total) - want) <= error
+    for key, got in slopes.items():
+        assert got.dtype == jnp.float32
+        assert_within(got, gradients[key], errors[key])
+    dots = [eqn for eqn in equations(jax.make_jaxpr(slope)(values).jaxpr) if eqn.primitive.name == "dot_general"]
+    assert {v.aval.dtype for dot in dots for v in dot.invars} == {jnp.dtype("bfloat16")}
+    assert [dot.outvars[0].aval.shape for dot in dots] == [(128, 11), (128, 4), (11, 4)]
 
 
 def avals(jaxpr: Any) -> list:
@@ -221,66 +222,64 @@ def test_the_compiled_program_needs_a_fraction_of_the_memory():
 
 def test_what_has_weight_zero_reaches_nothing():
     case = Case(weighted=True, bias=True, z=1e-2)
-    values, labels = inputs(case, jnp.float16)
-    out = jnp.array([1, 4, 12])
-    values["weights"] = values["weights"].at[out].set(0.0)
+    drawn, labels = inputs(case, jnp.float16)
+    values, labels = jax.tree.map(np.array, drawn), np.array(labels)
     run = jax.jit(jax.value_and_grad(lambda v, labels: fused(**v, labels=labels, **options(case)), has_aux=True))
-    spoiled = {
-        **values,
-        "hidden": values["hidden"].at[out].set(jnp.array([jnp.nan, jnp.inf, -jnp.inf])[:, None].astype("float16")),
-    }
-    clean, dirty = run(values, labels), run(spoiled, labels.at[out].set(-1))
+
+    def put(x, where, what):
+        x = x.copy()
+        x[where] = what
+        return x
+
+    out = np.array([1, 4, 12])
+    values["weights"] = put(values["weights"], out, 0)
+    spoiled = {**values, "hidden": put(values["hidden"], out, [[np.nan], [np.inf], [-np.inf]])}
+    clean, dirty = run(values, labels), run(spoiled, put(labels, out, -1))
     assert [a.tolist() for a in jax.tree.leaves(clean)] == [a.tolist() for a in jax.tree.leaves(dirty)]
-    slopes = dirty[1]
+    slopes = jax.tree.map(np.asarray, dirty[1])
     assert (slopes["hidden"][out] == 0).all() and (slopes["weights"][out] == 0).all()
     assert (slopes["hidden"][0] != 0).any() and slopes["weights"][0] != 0
-    nothing = {**spoiled, "weights": jnp.zeros(13)}
-    found = run({**nothing, "hidden": jnp.full_like(spoiled["hidden"], jnp.nan)}, jnp.full_like(labels, 99))
-    assert all((leaf == 0).all() for leaf in jax.tree.leaves(found))  # value, weight and every gradient
-    value, _ = run(values, labels.at[0].set(11))[0]  # there is no class 11
-    assert jnp.isnan(value)
-    assert jnp.isnan(run(values, labels.at[0].set(-1))[0][0])
-    bad = run({**values, "hidden": values["hidden"].at[0].set(jnp.inf)}, labels)
-    assert not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(bad[1]))  # what counts, and is wrong, is seen
+    nothing = {**values, "hidden": np.full_like(values["hidden"], np.nan), "weights": np.zeros(13, np.float32)}
+    found = run(nothing, np.full_like(labels, 99))
+    assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(found))  # value, weight, every gradient
+    for label in (-1, 11):  # there are classes 0 to 10
+        assert np.isnan(run(values, put(labels, 0, label))[0][0])
+    bad = run({**values, "hidden": put(values["hidden"], 0, np.inf)}, labels)
+    assert not np.isfinite(bad[1]["kernel"]).all()  # what counts, and is wrong, is seen
 
 
 def test_boolean_weights_and_a_masked_class():
     case = Case(sizes=(13, 4, 12))
     values, _ = inputs(case, jnp.bfloat16)
-    labels = jnp.arange(13) % 11
-    mask = jnp.arange(13) < 9
-    masked = {**values, "bias": jnp.zeros(12).at[11].set(-jnp.inf)}
+    labels, mask = np.arange(13) % 11, np.arange(13) < 9
+    masked = {**values, "bias": np.float32([0] * 11 + [-np.inf])}
     run = jax.jit(jax.value_and_grad(lambda v: fused(**v, labels=labels, weights=mask, chunk=5), has_aux=True))
     (total, weight), slopes = run(masked)
     few = {"hidden": values["hidden"][:9], "kernel": values["kernel"][:, :11]}
     want, gradients, error, errors = by_hand(Case(sizes=(9, 4, 11)), few, labels[:9], jnp.bfloat16)
     assert weight == 9 and abs(float(total) - want) <= error
     assert (slopes["kernel"][:, 11] == 0).all() and slopes["bias"][11] == 0
+    slopes = jax.tree.map(np.asarray, slopes)
     assert_within(slopes["kernel"][:, :11], gradients["kernel"], errors["kernel"])
     assert_within(slopes["hidden"][:9], gradients["hidden"], errors["hidden"])
 
 
 def test_vmap_scan_remat_and_eight_devices_give_the_same_numbers():
-    case = Case(sizes=(64, 4, 11), chunk=16, weighted=True, transposed=True, z=1e-2)
+    case = Case(sizes=(64, 4, 11), chunk=16)
     values, labels = inputs(case, jnp.bfloat16)
     want, gradients, error, errors = by_hand(case, values, labels, jnp.bfloat16)
 
     def loss(v):
         return fused(**v, labels=labels, **options(case))[0]
 
-    slope = jax.value_and_grad(loss)
-    twice = jax.tree.map(lambda x: jnp.stack([x, x]), values)
+    slope, remat = jax.value_and_grad(loss), jax.value_and_grad(jax.checkpoint(loss))
+    nested = jax.jit(jax.vmap(lambda v: jax.lax.scan(lambda _, __: (None, remat(v)), None, length=1)[1]))
     mesh = Mesh(np.array(jax.devices()[:8]), ("data",))
     rows, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     spread = {key: jax.device_put(x, whole if key == "kernel" else rows) for key, x in values.items()}
-    remat = jax.value_and_grad(jax.checkpoint(loss))
     on_eight = jax.jit(slope).lower(spread).compile()
-    for found in (
-        jax.tree.map(lambda x: x[1], jax.jit(jax.vmap(slope))(twice)),
-        jax.jit(lambda v: jax.lax.scan(lambda _, __: (None, remat(v)), None, length=1)[1])(values),
-        on_eight(spread),
-    ):
-        total, slopes = jax.tree.map(lambda x, like: x.reshape(like.shape), found, (jnp.zeros(()), values))
+    twice = jax.tree.map(lambda x: np.stack([np.zeros_like(x), x]), values)
+    for total, slopes in (jax.tree.map(lambda x: x[1, 0], nested(twice)), on_eight(spread)):
         assert abs(float(total) - want) <= error
         for key, got in slopes.items():
             assert_within(got, gradients[key], errors[key])
@@ -302,18 +301,18 @@ def test_second_derivatives():
 
 
 def test_other_dtypes_and_shapes():
-    kernel, labels = draw(jnp.float32, 4, 11), np.arange(6).reshape(2, 3).astype(np.int8)
+    kernel, labels = np.ones((4, 11), np.float32), np.arange(6).reshape(2, 3).astype(np.int8)
     hidden = np.zeros((2, 3, 4), np.float32)
-    total, weight = fused(hidden, np.asarray(kernel), labels)  # numpy arrays, axes before the tokens, without jit
+    total, weight = jax.jit(fused)(hidden, kernel, labels)  # numpy arrays, axes before the tokens
     np.testing.assert_allclose(total, 6 * np.log(11), rtol=16 * EPS32)
     assert weight == 6
-    assert [x.tolist() for x in fused(hidden[:0], kernel, labels[:0])] == [0, 0]
+    assert [x.tolist() for x in jax.jit(fused)(hidden[:0], kernel, labels[:0])] == [0, 0]
     assert jax.eval_shape(fused, hidden[0, 0], kernel, labels[0, 0])[0].shape == ()
     with jax.enable_x64(True):
-        wide = jnp.zeros((3, 4), jnp.float64)
+        wide = np.zeros((3, 4), np.float64)
         narrow = jax.eval_shape(lambda h: fused(h, kernel, labels[0], compute_dtype=jnp.bfloat16), wide)
         assert [x.dtype for x in narrow] == [jnp.float32] * 2
-        found = fused(wide, kernel, labels[0])[0]
+        found = jax.jit(fused)(wide, kernel, labels[0])[0]
         assert found.dtype == jnp.float64
         np.testing.assert_allclose(found, 3 * np.log(11), rtol=1e-15)
 
