@@ -47,6 +47,8 @@ def linear_softmax_cross_entropy(
     power of two of its own, and `g` is formed at a power of two that fits the weights: float16 loses no small gradient
     here, whatever the loss scale, and what does not fit in the end is inf, as it should be.
 
+    Tokens may be spread over devices; the gradient of a whole kernel is then summed over them once a chunk, in float32.
+
     Masked classes, a label that is no class and tokens of weight zero are as in `softmax_cross_entropy`. Its
     differences: the labels are integers (soft ones would be as large as the logits), the result is the pair that
     `make_train_step` takes, and there is no forward-mode derivative (`jax.jvp`).
@@ -86,9 +88,10 @@ def linear_softmax_cross_entropy(
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; legal is a number of tokens >= 1; try 2048")
     compute = hidden.dtype if compute_dtype is None else jnp.dtype(compute_dtype)
-    if not jnp.issubdtype(compute, jnp.floating):
-        raise ValueError(f"compute_dtype is {compute}; legal is a float dtype; try bfloat16")
-    hidden, wide = hidden.astype(compute), wide_dtype(jnp.zeros((), compute))
+    if not jnp.issubdtype(compute, jnp.floating) or compute.itemsize < 2:
+        raise ValueError(f"compute_dtype is {compute}; legal is a float dtype of 16 bits or more; try bfloat16")
+    hidden = hidden.astype(compute)
+    wide = wide_dtype(hidden)
     weights = checked_weights(weights, labels.shape)
     weights = jnp.ones(labels.shape, wide) if weights is None else weights.astype(wide)
     bias_dtype = None if bias is None else bias.dtype
@@ -235,11 +238,8 @@ def _total_and_slopes(
         left, right = (by_logits, seen) if plan.transposed else (seen, by_logits)
         by_kernel = by_kernel + _product(left, right, (0, 0))
         scales = _scale_to(2.0**14, jnp.abs(by_hidden).max(-1, keepdims=True, initial=0))
-        return (total + losses.sum(), by_kernel, by_bias), (
-            (by_hidden * scales).astype(narrow.dtype),
-            scales,
-            by_weights,
-        )
+        rows = (by_hidden * scales).astype(narrow.dtype)
+        return (total + losses.sum(), by_kernel, by_bias), (rows, scales, by_weights)
 
     start = (jnp.zeros((), wide), jnp.zeros(kernel.shape, wide), None if bias is None else jnp.zeros(bias.shape, wide))
     (total, by_kernel, by_bias), by_token = jax.lax.scan(body, start, _cut(plan, hidden, labels, weights))
