@@ -35,10 +35,8 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "plain, one chunk": Case(chunk=100),
-    "one token at a time": Case(sizes=(3, 4, 11), chunk=1, weighted=True),
-    "everything, a ragged last chunk": Case(bias=True, weighted=True, smoothing=0.1, z=1e-2),
-    "everything, tied": Case(bias=True, weighted=True, transposed=True, smoothing=0.1, z=1e-2),
+    "one token at a time": Case(sizes=(3, 4, 11), chunk=1, bias=True, weighted=True, smoothing=0.1, z=1e-2),
+    "tied, a ragged last chunk": Case(bias=True, weighted=True, transposed=True, smoothing=0.1, z=1e-2),
 }
 
 
@@ -100,11 +98,9 @@ def options(case: Case) -> dict:
 @pytest.mark.parametrize(
     "name, dtype",
     [
-        ("plain, one chunk", jnp.float32),
-        ("one token at a time", jnp.float16),
-        ("everything, a ragged last chunk", jnp.bfloat16),
-        ("everything, tied", jnp.float16),
-        ("everything, tied", jnp.float32),
+        ("one token at a time", jnp.bfloat16),
+        ("tied, a ragged last chunk", jnp.float16),
+        ("tied, a ragged last chunk", jnp.float32),
     ],
 )
 def test_values_and_gradients_equal_float64(name, dtype):
@@ -121,7 +117,7 @@ def test_values_and_gradients_equal_float64(name, dtype):
     for key, slope in slopes.items():
         assert slope.dtype == values[key].dtype and slope.shape == values[key].shape
         assert_within(slope, gradients[key], errors[key])
-    if (name, dtype) == ("everything, tied", jnp.float32):  # without a gradient the same number
+    if (name, dtype) == ("tied, a ragged last chunk", jnp.float32):  # without a gradient the same number
         alone, _ = jax.jit(lambda v: fused(**v, labels=labels, **options(case)))(values)
         assert abs(float(alone) - want) <= error
 
@@ -248,12 +244,12 @@ def test_what_has_weight_zero_reaches_nothing():
     assert not np.isfinite(bad[1]["kernel"]).all()  # what counts, and is wrong, is seen
 
 
-def test_boolean_weights_and_a_masked_class():
+def test_boolean_weights_a_masked_class_and_a_chunk_larger_than_all():
     case = Case(sizes=(13, 4, 12))
     values, _ = inputs(case, jnp.bfloat16)
     labels, mask = np.arange(13) % 11, np.arange(13) < 9
     masked = {**values, "bias": np.float32([0] * 11 + [-np.inf])}
-    run = jax.jit(jax.value_and_grad(lambda v: fused(**v, labels=labels, weights=mask, chunk=5), has_aux=True))
+    run = jax.jit(jax.value_and_grad(lambda v: fused(**v, labels=labels, weights=mask, chunk=99), has_aux=True))
     (total, weight), slopes = run(masked)
     few = {"hidden": values["hidden"][:9], "kernel": values["kernel"][:, :11]}
     want, gradients, error, errors = by_hand(Case(sizes=(9, 4, 11)), few, labels[:9], jnp.bfloat16)

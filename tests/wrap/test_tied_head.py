@@ -82,9 +82,6 @@ def test_its_gradients_are_those_of_the_logits(door):
 
 @pytest.mark.parametrize("door", MODELS)
 def test_in_mixed_precision_every_product_is_half_and_the_gradients_are_float32(door):
-    params, plain, chunked = losses_of(door, "mixed_bfloat16", "bfloat16")
+    params, _, chunked = losses_of(door, "mixed_bfloat16", "bfloat16")
     assert audit(jax.grad(chunked), params).share("bfloat16") == 1.0
     assert {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(jax.grad(chunked), params))} == {jnp.dtype("float32")}
-    # The usual path rounds its logits, which are below 2, to bfloat16: each by at most eps, so each of 18 losses by 2 eps.
-    value, total = jax.jit(lambda p: (chunked(p), plain(p)))(params)
-    assert abs(value - total) <= 18 * 2 * float(jnp.finfo(jnp.bfloat16).eps)
