@@ -19,7 +19,7 @@ from mpjax.store.leaves import Leaf, leaves_of
 from mpjax.store.manifest import CheckpointError, CheckpointWarning, DamagedError, check
 from mpjax.store.matching import cast_leaf, read_leaves, refuse_misfits
 from mpjax.store.meta import CheckpointInfo, meta_text, read_meta
-from mpjax.train.state import TrainState
+from mpjax.train.state import TrainState, attempts_made
 
 S = TypeVar("S")
 
@@ -245,7 +245,7 @@ def _position(state: Any, step: int | None) -> int:
         return folders.step_number(step)
     if not isinstance(state, TrainState):
         raise ValueError(f"got a {type(state).__name__} and no step; only a TrainState has one of its own: give step=")
-    return sum(int(x) for x in jax.device_get((state.step, state.skipped)))
+    return attempts_made(state)
 
 
 def _own_scale(like: Any, there: Mapping[str, Leaf], here: Mapping[str, Leaf]) -> set[str]:

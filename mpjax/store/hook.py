@@ -7,10 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
 from mpjax.store.checkpoint import Checkpointer
 from mpjax.train.hooks import FitResult, Hook
+from mpjax.train.state import attempts_made
 
 logger = logging.getLogger("mpjax")
 
@@ -92,7 +91,7 @@ class CheckpointHook(Hook):
         if result.stopped == "left":
             return
         try:
-            step = sum(int(x) for x in jax.device_get((result.state.step, result.state.skipped)))
+            step = attempts_made(result.state)
             if step != self._saved:
                 self._save(step, result.state)
             self.checkpointer.wait()

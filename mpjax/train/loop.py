@@ -17,6 +17,7 @@ from mpjax.train.clock import Clock
 from mpjax.train.evaluate import EvalStep, evaluate
 from mpjax.train.hooks import FitResult, Hook, NonFiniteError
 from mpjax.train.interrupt import Interrupts, Stopped
+from mpjax.train.state import attempts_made
 
 logger = logging.getLogger("mpjax")
 
@@ -93,7 +94,7 @@ def fit(
         )
     if eval_step is not None and not len(eval_batches):
         raise ValueError("eval_step came without eval_batches; give the held-out batches, or drop it")
-    first = _attempts(state)
+    first = attempts_made(state)
     result, clock = FitResult(state, stopped="failed"), Clock()
     if earlier is not None:
         result.history = [row for row in earlier.history if row["attempt"] < first]
@@ -162,7 +163,7 @@ def fit(
                     clock.start()
             clock.stop(result.state)
             read()
-            done = _attempts(result.state)
+            done = attempts_made(result.state)
             if interrupts.asked:
                 raise Stopped
             if eval_step is not None and not _evaluated(result, done):
@@ -175,17 +176,12 @@ def fit(
             clock.stop(result.state)
             read()
             result.stopped = "interrupted"
-            logger.warning("interrupted: %d attempts were made; their metrics are kept", _attempts(result.state))
+            logger.warning("interrupted: %d attempts were made; their metrics are kept", attempts_made(result.state))
         finally:
             result.steps_per_second = clock.rate
     if interrupts.asked:  # also while the hooks were told of the end
         result.stopped = "interrupted"
     return result
-
-
-def _attempts(state: Any) -> int:
-    """Applied and skipped steps; read explicitly, as a transfer guard wants it."""
-    return sum(int(x) for x in jax.device_get((state.step, state.skipped)))
 
 
 def _numbered(

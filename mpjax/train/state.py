@@ -152,6 +152,11 @@ class TrainState:
         return merge_trainable(cast_like(self.ema, trained), frozen)
 
 
+def attempts_made(state: Any) -> int:
+    """`state.attempt` on the host; read explicitly, as a transfer guard wants it."""
+    return sum(int(x) for x in jax.device_get((state.step, state.skipped)))
+
+
 def own_copy(tree: PyTree) -> PyTree:
     """Every leaf as a fresh, strongly typed array: it shares no buffer, and no Python number hides in it."""
 
