@@ -53,7 +53,7 @@ def _nonfinite_paths(leaves: Mapping[str, tuple[Leaf, Any]]) -> Sequence[str]:
         for path, (leaf, x) in leaves.items()
         if not leaf.is_key and (leaf.dtype == "float" or _is_inexact(leaf))
     }
-    return [path for path, finite in jax.device_get(asked).items() if not finite]
+    return [path for path, is_finite in jax.device_get(asked).items() if not is_finite]
 
 
 def _is_inexact(leaf: Leaf) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from mpjax.store.checkpoint import Checkpointer
 from mpjax.train.hooks import FitResult, Hook
 from mpjax.train.state import attempts_made
+from mpjax.train.writers import word
 
 logger = logging.getLogger("mpjax")
 
@@ -101,14 +101,9 @@ class CheckpointHook(Hook):
             logger.warning("the state at the end was not saved: %s", error)
 
     def _save(self, step: int, state: Any) -> None:
-        extra = {EVALUATIONS: [{name: _word(x) for name, x in found.items()} for found in self._evaluations]}
+        extra = {EVALUATIONS: [{name: word(x) for name, x in found.items()} for found in self._evaluations]}
         self.checkpointer.save(state, step, policy=self.policy, extra=extra, allow_nonfinite=self.allow_nonfinite)
         self._saved = step
-
-
-def _word(value: float) -> float | str:
-    """As JSON can say it."""
-    return value if math.isfinite(value) else str(value)
 
 
 def _numbers(found: dict[str, Any]) -> dict[str, Any]:

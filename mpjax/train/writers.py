@@ -36,7 +36,7 @@ class JsonlWriter(Hook):
         self._file.close()
 
     def _write(self, attempt: int, kind: str, metrics: dict[str, float]) -> None:
-        line = {"attempt": attempt, kind: {name: _word(value) for name, value in metrics.items()}}
+        line = {"attempt": attempt, kind: {name: word(value) for name, value in metrics.items()}}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
@@ -49,7 +49,12 @@ def append_to(path: Path) -> TextIO:
     return path.open("a", buffering=1, encoding="utf-8")
 
 
-def _word(value: float) -> float | str:
+def word(value: float) -> float | str:
+    """A number as JSON can say it.
+
+    >>> word(0.5), word(math.nan)
+    (0.5, 'nan')
+    """
     return value if math.isfinite(value) else str(value)
 
 
