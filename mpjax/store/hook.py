@@ -34,7 +34,7 @@ class CheckpointHook(Hook):
       policy: the policy or map that the model computes by, to stand beside the state: `model.policy`.
       allow_nonfinite: as in `Checkpointer.save`.
 
-    >>> import tempfile, jax.numpy as jnp, optax, mpjax
+    >>> import tempfile, jax, jax.numpy as jnp, optax, mpjax
     >>> model = mpjax.Model(lambda rng, x: ({"w": jnp.zeros(2)}, {}), lambda p, m, x, rng=None: (x @ p["w"], m))
     >>> job = mpjax.Job(model, lambda p, m, x, rng: ((model.apply(p, m, x)[0] - 1) ** 2).mean(), optax.sgd(0.1),
     ...                 lambda n: jnp.ones((4, 2)), sample=(jnp.ones((1, 2)),))
