@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from mpjax.store.manifest import MANIFEST, CheckpointError, sync_folder
+from mpjax.store.disk import sync
+from mpjax.store.manifest import MANIFEST, CheckpointError
 
 _LOCK, _SAVING, _REMOVING = ".lock", ".saving-", ".removing-"
 
@@ -109,7 +110,7 @@ def publish(folder: Path, directory: Path, step: int) -> Path:
             raise step_exists(directory, step) from error
         raise
     try:
-        sync_folder(directory)
+        sync(directory)
     except OSError:  # a save that failed must leave no step, or it could not be made again
         os.rename(target, folder)
         raise

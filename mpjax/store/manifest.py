@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from mpjax.store.disk import sync, write_durably
+
 MANIFEST = "manifest.json"
 FORMAT = "mpjax checkpoint"
 VERSION = 1
@@ -45,7 +47,7 @@ def seal(folder: Path) -> None:
     text = json.dumps({"format": FORMAT, "version": VERSION, "files": listed}, indent=1, sort_keys=True)
     write_durably(folder / MANIFEST, text + "\n")
     for inner, _, _ in os.walk(folder, topdown=False):
-        sync_folder(Path(inner))
+        sync(Path(inner))
 
 
 def check(folder: Path, *, deep: bool = True) -> None:
@@ -75,23 +77,6 @@ def check(folder: Path, *, deep: bool = True) -> None:
                     raise DamagedError(f"{folder.name}: {name} is not what was written (its SHA-256 differs)")
     except OSError as error:
         raise DamagedError(f"{folder.name} cannot be read: {error}") from error
-
-
-def write_durably(path: Path, text: str) -> None:
-    """A new file with this text, on the disk when this returns."""
-    with path.open("x", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """The names in a folder on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _listed(folder: Path) -> dict[str, Any]:
@@ -133,6 +118,5 @@ def _digest(path: Path) -> str:
 
 
 def _durable_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    sync(path)
+    return _digest(path)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mpjax.store import arrays, folders
+from mpjax.store.disk import write_durably
 from mpjax.store.leaves import Leaf, to_arrays
-from mpjax.store.manifest import MANIFEST, DamagedError, check, seal, write_durably
+from mpjax.store.manifest import MANIFEST, DamagedError, check, seal
 from mpjax.store.meta import META
 
 ARRAYS = "arrays"

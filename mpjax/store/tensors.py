@@ -18,6 +18,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from mpjax.store.disk import sync
+
 CHECKSUM = "sha256"
 """The line of metadata that holds the SHA-256 over all other lines and all tensors."""
 
@@ -47,7 +49,7 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, s
         mode = partial.stat().st_mode  # what the umask allows; safetensors would let only its owner read the file
         save_file(arrays, partial, metadata=metadata)
         partial.chmod(mode)
-        _sync(partial)
+        sync(partial)
         os.replace(partial, path)
     except (SafetensorError, OSError) as error:
         raise OSError(
@@ -55,7 +57,7 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, s
         ) from error
     finally:
         partial.unlink(missing_ok=True)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -179,11 +181,3 @@ def _checksum(metadata: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> 
         sha.update(json.dumps([name, array.dtype.name, array.shape]).encode())
         sha.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return sha.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -32,7 +32,7 @@ def named_leaves(tree: PyTree) -> dict[Keys, Any]:
     {('Dense_0', 'kernel'): 1, ('layers', '0'): 2}
     """
     flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_box)[0]
-    return {_keys(keys): _opened(value) for keys, value in flat}
+    return {keys_of(keys): _opened(value) for keys, value in flat}
 
 
 def nested(leaves: Mapping[Keys, Any]) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def refilled(tree: PyTree, leaves: Mapping[Keys, Any]) -> PyTree:
     {'a': [3, 4]}
     """
     flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_box)
-    return jax.tree.unflatten(structure, [_closed(box, leaves[_keys(keys)]) for keys, box in flat])
+    return jax.tree.unflatten(structure, [_closed(box, leaves[keys_of(keys)]) for keys, box in flat])
 
 
 def by_path(leaves: Mapping[Keys, Any]) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def put_into(
         `like` cannot hold; one error names them all.
     """
     flat, structure = jax.tree_util.tree_flatten_with_path(like, is_leaf=_is_box)
-    wanted = [(canonical_path("/".join(_keys(keys))), box) for keys, box in flat]
+    wanted = [(canonical_path("/".join(keys_of(keys))), box) for keys, box in flat]
     left = dict(found)
     complaints: dict[str, list[str]] = {"missing": [], "left over": [], "misfits": [*troubles]}
     values: list[Any] = []
@@ -170,7 +170,8 @@ def _spec(x: Any) -> Any:
     return x if hasattr(x, "shape") and hasattr(x, "dtype") else jnp.asarray(x)
 
 
-def _keys(keys: tuple) -> Keys:
+def keys_of(keys: tuple) -> Keys:
+    """The way to a leaf from the key path that `jax.tree_util` gives."""
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
 
 
