@@ -10,11 +10,11 @@ from typing import Any
 from urllib.parse import quote
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mpjax.core.tree import path_of
 from mpjax.core.types import PyTree
+from mpjax.store.trees import is_key, keys_of
 
 NUMBERS: dict[str, type] = {"bool": bool, "int": int, "float": float}
 """Python numbers, which JSON holds exactly, by the dtype under which they stand."""
@@ -90,8 +90,7 @@ def leaves_of(tree: PyTree) -> dict[str, tuple[Leaf, Any]]:
     for keys, x in keyed:
         path = path_of(keys)
         path = path if canonical[path] == 1 else jax.tree_util.keystr(keys)
-        segments = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
-        found[path] = (_describe(path, segments, x), x)
+        found[path] = (_describe(path, keys_of(keys), x), x)
     return found
 
 
@@ -99,7 +98,7 @@ def _describe(path: str, keys: tuple[str, ...], x: Any) -> Leaf:
     if isinstance(x, bool | int | float) and not isinstance(x, np.generic):  # np.float64 is a float too
         return Leaf(path, keys, type(x).__name__, (), x)
     dtype = getattr(x, "dtype", None)
-    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+    if is_key(x):
         tag = str(dtype).removeprefix("key<").removesuffix(">")
         return Leaf(path, keys, f"key<{_IMPLS.get(tag, tag)}>", tuple(x.shape))
     if dtype is None or np.dtype(dtype).name not in STORED:
