@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import fcntl
 import json
 import logging
 import os
@@ -18,6 +17,7 @@ import jax
 
 import mpjax
 from experiments._run.command import Refused
+from mpjax.store.disk import try_lock
 
 logger = logging.getLogger("mpjax")
 
@@ -51,9 +51,8 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         lock = os.open(self.path, os.O_RDONLY)
         try:
-            with contextlib.suppress(OSError):  # a file system without locks
-                if not _locked(lock):
-                    raise Refused(f"another process is at work in {self.path}; wait for it, or give another --workdir")
+            if try_lock(lock) is False:
+                raise Refused(f"another process is at work in {self.path}; wait for it, or give another --workdir")
             self._write_config()
             yield self.path
         finally:
@@ -133,15 +132,6 @@ def write_json(path: Path, content: Any) -> None:
     half = path.with_name(f".{path.name}.half")
     half.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(half, path)
-
-
-def _locked(folder: int) -> bool:
-    """Whether an open folder is now ours alone, until it is closed or the process ends."""
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _content(path: Path) -> list[str]:

@@ -1,7 +1,8 @@
-"""What is on the disk for good when a function returns."""
+"""What is on the disk for good when a function returns, and what only one process may have."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -21,3 +22,14 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def try_lock(handle: int) -> bool | None:
+    """Whether what is open is now locked for us alone, until it is closed or the process ends; None where there are no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without them
+        return None
+    return True

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mpjax.store.disk import sync
+from mpjax.store.disk import sync, try_lock
 from mpjax.store.manifest import MANIFEST, CheckpointError
 
 _LOCK, _SAVING, _REMOVING = ".lock", ".saving-", ".removing-"
@@ -63,17 +63,14 @@ class Lock:
 
     def __init__(self, directory: Path):
         self._file = (directory / _LOCK).open("a")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.alone = True
-        except BlockingIOError:
+        ours = try_lock(self._file.fileno())
+        if ours is False:
             self._file.close()
             raise CheckpointError(
                 f"another save to {directory} is in progress, by another process or Checkpointer; give each run a directory "
                 "of its own, or wait for the other"
-            ) from None
-        except OSError:  # a file system without locks: one step still appears at one stroke
-            self.alone = False
+            )
+        self.alone = ours is True  # without locks one step still appears at one stroke
 
     def close(self) -> None:
         """Let others write."""
