@@ -12,22 +12,32 @@ from mpjax.core.dtypes import canonical, half_dtype, short_name
 from mpjax.core.tree import cast_floating
 from mpjax.core.types import DTypeLike, PyTree
 
-PRESETS: dict[str, tuple[str, str, str]] = {
+PRESETS: dict[str, tuple[str, ...]] = {
     "float32": ("float32", "float32", "float32"),
     "bfloat16": ("bfloat16", "bfloat16", "bfloat16"),
     "float16": ("float16", "float16", "float16"),
     "mixed_bfloat16": ("float32", "bfloat16", "float32"),
     "mixed_float16": ("float32", "float16", "float32"),
+    "mixed_fp8": ("float32", "bfloat16", "float32", "fp8"),
 }
-"""Name to (param, compute, output). The mixed ones keep float32 master weights and a float32 model output."""
+"""Name to (param, compute, output) and dot. The mixed ones keep float32 master weights and a float32 model output."""
+
+DOTS = {
+    "fp8": "float8 with a scale from each tensor itself (current scaling)",
+    "fp8_delayed": "float8 with a scale from what a tensor was in the steps before (delayed scaling)",
+    "int8": "int8 with a scale for each row",
+}
+"""Recipes by which dense layers multiply, apart from the compute dtype."""
 
 _KEYS = {"p": "param", "param": "param", "params": "param", "c": "compute", "compute": "compute", "o": "output",
-         "output": "output"}  # fmt: skip
+         "output": "output", "dot": "dot"}  # fmt: skip
+
+_DTYPES = ("param_dtype", "compute_dtype", "output_dtype")
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy(jmp.Policy):
-    """Which dtype params are kept in, which the model computes in, and which it returns.
+    """Which dtype params are kept in, which the model computes in, which it returns, and how its dense layers multiply.
 
     A `jmp.Policy` with canonical dtypes: equal policies are equal, hash alike and print alike however they were
     written, so a policy may be a static argument of `jit`.
@@ -36,9 +46,11 @@ class Policy(jmp.Policy):
       param_dtype: of the master weights, and so of their gradients.
       compute_dtype: of every product and activation, but for the float32 islands of a wrapped model.
       output_dtype: of what the model returns.
+      dot: None: dense layers multiply in the compute dtype. Else a recipe in eight bits, `"fp8"`, `"fp8_delayed"` or
+        `"int8"`, for their products and those of their gradients; what flows between them stays in the compute dtype.
 
     Raises:
-      ValueError: one of them is not a float dtype.
+      ValueError: one of them is not a float dtype, or there is no such recipe.
 
     >>> import jax.numpy as jnp
     >>> policy = Policy("float32", jnp.bfloat16, "float32")
@@ -49,10 +61,16 @@ class Policy(jmp.Policy):
     param_dtype: np.dtype
     compute_dtype: np.dtype
     output_dtype: np.dtype
+    dot: str | None = None
 
-    def __init__(self, param_dtype: DTypeLike, compute_dtype: DTypeLike, output_dtype: DTypeLike):
-        for field, dtype in zip(dataclasses.fields(self), (param_dtype, compute_dtype, output_dtype), strict=True):
-            object.__setattr__(self, field.name, canonical(dtype))
+    def __init__(
+        self, param_dtype: DTypeLike, compute_dtype: DTypeLike, output_dtype: DTypeLike, dot: str | None = None
+    ):
+        for name, dtype in zip(_DTYPES, (param_dtype, compute_dtype, output_dtype), strict=True):
+            object.__setattr__(self, name, canonical(dtype))
+        if dot is not None and dot not in DOTS:
+            raise ValueError(f"got dot={dot!r}; legal are {', '.join(DOTS)}, or none for the compute dtype")
+        object.__setattr__(self, "dot", dot)
 
     @staticmethod
     def of(policy: str | jmp.Policy) -> Policy:
@@ -91,8 +109,8 @@ class Policy(jmp.Policy):
         return cast_floating(x, self.output_dtype)
 
     def __str__(self) -> str:
-        param, compute, output = (short_name(getattr(self, field.name)) for field in dataclasses.fields(self))
-        return f"p={param},c={compute},o={output}"
+        param, compute, output = (short_name(getattr(self, name)) for name in _DTYPES)
+        return f"p={param},c={compute},o={output}" + (f",dot={self.dot}" if self.dot else "")
 
 
 def get_policy(policy_name: str) -> Policy:
@@ -101,10 +119,11 @@ def get_policy(policy_name: str) -> Policy:
     Three spellings, spaces allowed anywhere:
 
     - a preset: `float32`, `bfloat16`, `float16` (all three dtypes), `mixed_bfloat16`, `mixed_float16` (float32 params
-      and output around half-precision compute);
+      and output around half-precision compute), `mixed_fp8` (`mixed_bfloat16` whose dense layers multiply in float8);
     - a dtype name, for all three: `bf16`, `full`, `f64`, `half`, `f8_e4m3fn`, …;
     - jmp's grammar: `p=f32,c=bf16,o=f32` with the keys `p`/`params`, `c`/`compute`, `o`/`output`. Params default to
-      float32, compute follows params, output follows compute.
+      float32, compute follows params, output follows compute. One key more, `dot=fp8`, `dot=fp8_delayed` or `dot=int8`,
+      names a recipe for products; `dot=none` is the default.
 
     Raises:
       ValueError: unknown name, unknown key, or a key given twice; the message lists the choices.
@@ -125,7 +144,7 @@ def get_policy(policy_name: str) -> Policy:
     named = parse_keys(text)
     param = named.get("param", "float32")
     compute = named.get("compute", param)
-    return Policy(param, compute, named.get("output", compute))
+    return Policy(param, compute, named.get("output", compute), parse_dot(named.get("dot", "none")))
 
 
 def parse_keys(text: str, extra: tuple[str, ...] = ()) -> dict[str, str]:
@@ -142,14 +161,25 @@ def parse_keys(text: str, extra: tuple[str, ...] = ()) -> dict[str, str]:
         key, equals, value = (piece.strip() for piece in part.partition("="))
         name = _KEYS.get(key, key if key in extra else None)
         if not equals or name is None:
-            legal = ", ".join(("params", "compute", "output", *extra))
+            legal = ", ".join(("params", "compute", "output", "dot", *extra))
             raise ValueError(
                 f"Unknown key {key!r} in {text!r}; write key=dtype with the keys {legal} (p, c, o for short)"
             )
         if name in found:
-            raise ValueError(f"key {name!r} stands twice in {text!r}; give each of params, compute, output once")
+            raise ValueError(f"key {name!r} stands twice in {text!r}; give each of params, compute, output, dot once")
         found[name] = value
     return found
+
+
+def parse_dot(name: str) -> str | None:
+    """The recipe behind a name; None for `none`.
+
+    >>> parse_dot("fp8"), parse_dot("none")
+    ('fp8', None)
+    """
+    if name != "none" and name not in DOTS:
+        raise ValueError(f"got dot={name}; legal are {', '.join(DOTS)}, none")
+    return None if name == "none" else name
 
 
 def cast_to_full(tree: PyTree) -> PyTree:

@@ -12,7 +12,7 @@ import numpy as np
 
 from mpjax.core.dtypes import canonical
 from mpjax.policy.patterns import REGEX, Pattern, Sites, governs, is_exact, lineage, names
-from mpjax.policy.policy import Policy, parse_keys
+from mpjax.policy.policy import Policy, parse_dot, parse_keys
 
 ISLANDS = frozenset(
     {"BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm", "SpectralNorm", "WeightNorm"}
@@ -21,6 +21,15 @@ ISLANDS = frozenset(
 
 WRAPPERS = frozenset({"SpectralNorm", "WeightNorm"})
 """Islands that do not reach into the layer that they wrap: its weights are normalised in float32, its product is not run so."""
+
+KEEPS_DTYPE = frozenset(
+    {"head", "heads", "lm_head", "logits", "classifier", "unembed", "embed", "embedding", "embeddings", "wte", "wpe",
+     "patch_embed", "patch_embedding"}
+)  # fmt: skip
+"""Names of modules that multiply in the compute dtype under a `dot=` recipe: the first layer and the last lose most by it."""
+
+DENSE = frozenset({"Dense", "DenseGeneral", "Linear", "LinearGeneral"})
+"""Names of module classes that a `dot=` recipe reaches: those with one of them in their MRO."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +55,15 @@ class PolicyMap:
                          but a float32 island obeys only a rule that names its class or its exact path
                          (or a module inside it); else float32 if it is an island; else the default
 
+    A `dot=` recipe holds for the dense layers below its rule, but for modules with the name of a head or an embedding
+    (`KEEPS_DTYPE`) and all in them, unless a rule names their class or spells out their path.
+
     Args:
       rules: from pattern to policy. A pattern is a glob over canonical paths (`"head"`, `"layers/*/attention"`,
         `"**/mlp"`), a regex marked `"re:…"`, or a module class. It means the subtree. A policy is a preset, a dtype
-        name, a `Policy`, or `key=value` pairs; a key that is not named comes from the default. Two keys act at the
-        borders of the subtree: `output=dtype` hands results back in that dtype, `input=keep` leaves float arguments
-        unrounded.
+        name, a `Policy`, or `key=value` pairs; a key that is not named comes from the default, but for `dot` where
+        `compute=` is named: it is none then. Two keys act at the borders of the subtree: `output=dtype` hands results
+        back in that dtype, `input=keep` leaves float arguments unrounded.
       default: the policy where no rule matches; its `output` is what the whole model returns.
       islands: further module classes to run in float32.
 
@@ -122,6 +134,20 @@ class PolicyMap:
         float32 = Policy("float32", "float32", self.default.output_dtype)
         return Resolution("island", Rule("", float32))
 
+    def dot_at(self, path: str, sites: Sites) -> str | None:
+        """By which recipe a dense layer at `path` multiplies: None in its compute dtype.
+
+        >>> rules = PolicyMap(default="mixed_fp8")
+        >>> [rules.dot_at(path, {}) for path in ("layers/0/up", "head")]
+        ['fp8', None]
+        """
+        found = self.resolve(path, sites)
+        if found.policy.dot is None or found.source == "island":
+            return None
+        kept = [above for above in lineage(path) if above.rpartition("/")[2] in KEEPS_DTYPE]
+        meant = all(_means_inside(found.rule.pattern, above, sites.get(above)) for above in kept)
+        return found.policy.dot if meant else None
+
     def check(self, sites: Sites, scanned: frozenset[str] = frozenset()) -> None:
         """Refuse a rule that can never act on this model.
 
@@ -163,6 +189,11 @@ class Resolution:
         return "float32 island" if self.source == "island" else str(self.rule)
 
 
+def is_dense(cls: Any) -> bool:
+    """Whether a `dot=` recipe reaches modules of this class."""
+    return isinstance(cls, type) and not DENSE.isdisjoint(base.__name__ for base in cls.__mro__)
+
+
 def _means_island(pattern: Pattern, path: str, cls: Any, rules: PolicyMap) -> bool:
     """Whether a rule means this island: by its class (not a base of everything), or by spelling out its path."""
     if isinstance(pattern, type):
@@ -188,11 +219,14 @@ def _parse(pattern: Pattern, text: Any, default: Policy) -> Rule:
     named = parse_keys(text, extra=("input",))
     if named.get("input", "keep") != "keep":
         raise ValueError(f"got input={named['input']} in rule {pattern!r}; only input=keep is legal, or leave it out")
-    dtypes = {key: canonical(named[key]) if key in named else getattr(default, f"{key}_dtype") for key in _KEYS}
-    return Rule(pattern, Policy(*dtypes.values()), hands_back="output" in named, keeps_input="input" in named)
-
-
-_KEYS = ("param", "compute", "output")
+    param, compute, output = (
+        canonical(named[key]) if key in named else getattr(default, f"{key}_dtype")
+        for key in ("param", "compute", "output")
+    )
+    # A rule that says in which dtype to compute means the products too.
+    dot = parse_dot(named["dot"]) if "dot" in named else None if "compute" in named else default.dot
+    policy = Policy(param, compute, output, dot)
+    return Rule(pattern, policy, hands_back="output" in named, keeps_input="input" in named)
 
 
 def _classes(sites: Sites) -> str:

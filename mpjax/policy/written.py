@@ -60,4 +60,6 @@ def _words(rule: Rule) -> str:
     """The keys that act: `output` only where the rule hands its own dtype back."""
     keys = {"params": rule.policy.param_dtype, "compute": rule.policy.compute_dtype}
     keys |= {"output": rule.policy.output_dtype} if rule.hands_back else {}
-    return ",".join([f"{key}={short_name(dtype)}" for key, dtype in keys.items()] + ["input=keep"] * rule.keeps_input)
+    words = [f"{key}={short_name(dtype)}" for key, dtype in keys.items()]
+    words += [f"dot={rule.policy.dot}"] * (rule.policy.dot is not None) + ["input=keep"] * rule.keeps_input
+    return ",".join(words)

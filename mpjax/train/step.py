@@ -15,6 +15,7 @@ from mpjax.core.dtypes import canonical, wide
 from mpjax.core.model import SINKS
 from mpjax.core.tree import all_finite, path_of, select_tree
 from mpjax.core.types import Batch, DTypeLike, Metrics, MState, Params
+from mpjax.numerics.delayed import advanced, with_sinks
 from mpjax.numerics.loss_scale import DynamicLossScale
 from mpjax.train.accumulate import Gathered, as_stored, gather
 from mpjax.train.parallel import gather_apart, over_gathered_params
@@ -213,11 +214,16 @@ class TrainStep:
         """The first half of `pure`: loss, scaled gradients and new mstate of a batch, before anything is decided."""
         trained, frozen = split_trainable(state.params, state.trainable)
         rng = jax.random.fold_in(state.rng, state.attempt)
-        given = (self.loss_fn, trained, frozen, state.mstate, batch, rng, state.loss_scale, self.accumulate)
-        if self.mesh is None:
-            return gather(*given)
-        check_rows(batch, self.mesh, self.axis, self.accumulate)
-        return gather_apart(self.mesh, self.axis, *given) if self.reduce_apart else gather(*given)
+        mstate = with_sinks(state.mstate)
+        given = (self.loss_fn, trained, frozen, mstate, batch, rng, state.loss_scale, self.accumulate)
+        if self.mesh is not None:
+            check_rows(batch, self.mesh, self.axis, self.accumulate)
+        if self.mesh is not None and self.reduce_apart:
+            found = gather_apart(self.mesh, self.axis, *given)
+        else:
+            found = gather(*given)
+        moved, sinks = advanced(found.mstate, found.sinks)
+        return found._replace(mstate=moved, sinks=sinks)
 
     def candidate(self, state: TrainState, found: Gathered) -> tuple[Changed, jax.Array]:
         """The second half: what a good step would store, of the trained params, and the norm of the unscaled gradients."""

@@ -60,7 +60,7 @@ def wrap(module: Any, policy: Any = "mixed_bfloat16", *, streams: tuple[str, ...
     if narrow:
         raise ValueError(
             f"got compute dtype {', '.join(narrow)}; a wrapped module computes in bfloat16, float16, float32 or float64, "
-            "since float8 has products but no additions; use bfloat16 here"
+            "since float8 has products but no additions; use bfloat16 here, and dot=fp8 for the products (mixed_fp8)"
         )
     from mpjax.wrap import linen
 

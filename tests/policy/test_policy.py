@@ -98,7 +98,7 @@ def test_half_is_that_of_the_machine():
 
 
 def test_each_preset_is_named_in_full():
-    assert set(PRESETS) == {"float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16"}
+    assert set(PRESETS) == {"float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16", "mixed_fp8"}
     for name, dtypes in PRESETS.items():
         assert get_policy(name) == Policy(*dtypes)
 

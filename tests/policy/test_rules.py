@@ -288,7 +288,7 @@ def test_of_takes_whatever_names_a_policy(given):
         ({"head": "compute=float33"}, r"Unknown dtype 'float33'; use one of half, full"),
         ({"head": "float33"}, r"Unknown dtype 'float33'; use one of .* preset: float32"),
         ({"head": "compute=int8"}, r"Unknown dtype 'int8'; use one of"),
-        ({"head": "width=f32"}, r"Unknown key 'width' in 'width=f32'; write .* params, compute, output, input"),
+        ({"head": "width=f32"}, r"Unknown key 'width' in 'width=f32'; write .* params, compute, output, dot, input"),
         ({"head": "c=f32,compute=f16"}, r"key 'compute' stands twice in 'c=f32,compute=f16'; give each"),
         ({"head": "input=keep,input=keep"}, r"key 'input' stands twice"),
         ({"head": "input=bf16"}, r"got input=bf16 in rule 'head'; only input=keep is legal, or leave it out"),

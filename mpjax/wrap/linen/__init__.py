@@ -9,17 +9,18 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from mpjax.core.model import SINKS, Model
+from mpjax.core.model import Model
 from mpjax.core.tree import cast_by_path, cast_floating, cast_like, path_of
 from mpjax.core.types import MState, Params
-from mpjax.numerics.probe import sinks_in
+from mpjax.numerics.delayed import COLLECTION, histories
 from mpjax.policy.patterns import lineage
 from mpjax.policy.resolution import Table, resolution_table
 from mpjax.policy.rules import PolicyMap
 from mpjax.wrap.arguments import call_arguments
 from mpjax.wrap.linen.calls import Interceptor
-from mpjax.wrap.linen.layers import init_in_full
+from mpjax.wrap.linen.layers import init_in_full, takes_delayed
 from mpjax.wrap.linen.sites import Sites, record
+from mpjax.wrap.reserved import apart, reserved
 
 STORED_AS_COMPUTED = ("cache",)
 """Collections that a layer reads and writes in its compute dtype; they are stored in the dtype they came with."""
@@ -54,12 +55,13 @@ def wrap_linen(module: nn.Module, rules: PolicyMap, streams: tuple[str, ...]) ->
         with nn.intercept_methods(init_in_full(rules, sites.classes)):
             variables = dict(run())
         params = variables.pop("params", {})
+        if delayed := [path for path, cls in sites.classes.items() if takes_delayed(rules, path, sites.classes, cls)]:
+            variables[COLLECTION] = histories(delayed)
         return cast_by_path(params, lambda path: _policy_at(rules, sites, path).param_dtype), variables
 
     def apply(params: Params, mstate: MState, *args: Any, rng: jax.Array | None = None, **kwargs: Any) -> Any:
         method, kwargs, _ = call_arguments(type(module), kwargs)
-        sunk, sinks = {name: mstate[name] for name in mstate if name == SINKS}, sinks_in(mstate)
-        mstate = {name: mstate[name] for name in mstate if name != SINKS}
+        mstate, kept = apart(mstate)
         keys = {} if rng is None else {n: jax.random.fold_in(rng, i) for i, n in enumerate(("params", *streams))}
         run = functools.partial(module.apply, rngs=keys, mutable=list(mstate), method=method)
         key = ("apply", method, rng is None, _signature((params, mstate, *args), kwargs))
@@ -76,10 +78,10 @@ def wrap_linen(module: nn.Module, rules: PolicyMap, streams: tuple[str, ...]) ->
             return _policy_at(rules, sites, path).compute_dtype
 
         stored = {name: cast_by_path(mstate[name], compute_dtype) for name in STORED_AS_COMPUTED if name in mstate}
-        interceptor = Interceptor(rules, sites, sinks)
-        with interceptor, nn.override_named_call(False), nn.intercept_methods(interceptor):
-            out, changed = run({"params": params, **mstate, **stored}, *args, **kwargs)
-        return out, (cast_like(dict(changed), mstate) if mstate else mstate) | sunk
+        with reserved(kept) as sinks, Interceptor(rules, sites, sinks, by_path=bool(kept)) as interceptor:
+            with nn.override_named_call(False), nn.intercept_methods(interceptor):
+                out, changed = run({"params": params, **mstate, **stored}, *args, **kwargs)
+        return out, (cast_like(dict(changed), mstate) if mstate else mstate) | kept
 
     def table(*args: Any, **kwargs: Any) -> Table:
         key, run = init_call(jax.random.key(0), args, kwargs)

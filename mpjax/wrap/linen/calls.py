@@ -15,7 +15,8 @@ from flax import linen as nn
 from mpjax.core.dtypes import is_float
 from mpjax.core.scopes import scope_name
 from mpjax.core.tree import cast_floating, cast_like
-from mpjax.numerics.probe import Sinks, probing, tap_tree
+from mpjax.numerics.dot import apart
+from mpjax.numerics.probe import Sinks, tap_tree
 from mpjax.policy.rules import PolicyMap, Resolution
 from mpjax.wrap.linen.layers import UPCASTING_NORMS, dressed, fields_for, fields_for_lookup, looks_up
 from mpjax.wrap.linen.sites import Sites, lifted_path, module_path, trace_key
@@ -55,17 +56,16 @@ class Interceptor(contextlib.AbstractContextManager):
     that an id stays its own.)
     """
 
-    def __init__(self, rules: PolicyMap, sites: Sites, sinks: Sinks = None):
+    def __init__(self, rules: PolicyMap, sites: Sites, sinks: Sinks = None, by_path: bool = False):
         self.rules = rules
         self.sinks = sinks
+        self.by_path = by_path  # each module has something of its own, a sink or a history: none shares a trace
         self.classes = dict(sites.classes)
         self.sites = sites
         self.may_carry = {path for path, transforms in sites.lifted.items() if transforms & {"Scan", "method"}}
         self.frames: list[Frame] = []
         self.deliberate: dict[int, jax.Array] = {}
         self.keys = contextlib.ExitStack()
-        if sinks is not None:
-            self.keys.enter_context(probing(object()))
 
     def __exit__(self, *error: Any) -> None:
         self.keys.close()
@@ -104,9 +104,12 @@ class Interceptor(contextlib.AbstractContextManager):
             frame.keys.enter_context(trace_key(self._subtree(frame.path, frame.caller)))
             self.frames.append(frame)
             try:
-                fields = fields_for_lookup(module) if rows else fields_for(module, frame.stream)
+                dot = self.rules.dot_at(frame.path, self.classes)
+                fields = fields_for_lookup(module) if rows else fields_for(module, frame.stream, dot)
                 with dressed(module, frame.stream, **fields):
                     out = next_fun(*args, **kwargs)
+                if "dot_general" in fields:
+                    out = apart(out)
                 if rows:
                     out = cast_floating(out, frame.stream)
             finally:
@@ -150,9 +153,12 @@ class Interceptor(contextlib.AbstractContextManager):
     def _subtree(self, path: str, caller: Frame | None) -> Any:
         """All that a trace of this module depends on: two modules with the same one may share a trace (but no sinks)."""
         below = [p for p in self.sites.classes if p == path or p.startswith(path + "/") or not path]
-        table = tuple((p[len(path) :], self.rules.resolve(p, self.classes), p in self.may_carry) for p in below)
+        rules, classes = self.rules, self.classes
+        table = tuple(
+            (p[len(path) :], rules.resolve(p, classes), rules.dot_at(p, classes), p in self.may_carry) for p in below
+        )
         border = None if caller is None else (caller.stream, caller.found.source)
-        own = None if self.sinks is None else path
+        own = path if self.by_path else None
         return (own, border, self.rules.default.output_dtype, table)
 
 

@@ -12,11 +12,16 @@ from flax import linen as nn
 
 from mpjax.core.tree import cast_floating
 from mpjax.numerics.attention import attention
+from mpjax.numerics.delayed import DelayedDot
+from mpjax.numerics.dot import QuantizedDot
 from mpjax.policy.rules import PolicyMap
 from mpjax.wrap.linen.sites import module_path
 
 UPCASTING_NORMS = (nn.BatchNorm, nn.GroupNorm, nn.InstanceNorm, nn.LayerNorm, nn.RMSNorm)
 """Norms that widen their input inside: widening it before the call would keep a float32 copy for the backward pass."""
+
+DENSE = (nn.Dense, nn.DenseGeneral)
+"""Layers that a `dot=` recipe reaches."""
 
 
 @contextlib.contextmanager
@@ -44,8 +49,8 @@ def dressed(module: nn.Module, reads_params_in: np.dtype | None, **fields: Any) 
         store["params"] = own
 
 
-def fields_for(module: nn.Module, compute: np.dtype) -> dict[str, Any]:
-    """The fields of Flax's own layers by which a call computes in `compute`."""
+def fields_for(module: nn.Module, compute: np.dtype, dot: str | None = None) -> dict[str, Any]:
+    """The fields of Flax's own layers by which a call computes in `compute`, and a dense one multiplies by the recipe `dot`."""
     fields: dict[str, Any] = {}
     if _has_float_field(module, "dtype"):
         fields["dtype"] = compute
@@ -57,7 +62,18 @@ def fields_for(module: nn.Module, compute: np.dtype) -> dict[str, Any]:
         and module.qk_attn_weights_einsum_cls is None
     ):
         fields["attention_fn"] = attention
+    if dot is not None and isinstance(module, DENSE) and not _has_own_dot(module):
+        fields["dot_general"] = DelayedDot(module_path(module)) if dot == "fp8_delayed" else QuantizedDot(dot)
     return fields
+
+
+def takes_delayed(rules: PolicyMap, path: str, classes: dict[str, type], cls: type) -> bool:
+    """Whether a float8 history is kept for the module at this path."""
+    return issubclass(cls, DENSE) and rules.dot_at(path, classes) == "fp8_delayed"
+
+
+def _has_own_dot(module: nn.Dense | nn.DenseGeneral) -> bool:
+    return module.dot_general is not None or module.dot_general_cls is not None
 
 
 def looks_up(module: nn.Module, method: str) -> bool:

@@ -9,17 +9,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mpjax.core.model import SINKS, Model
+from mpjax.core.model import Model
 from mpjax.core.tree import cast_by_path
 from mpjax.core.types import MState, Params
-from mpjax.numerics.probe import probing, sinks_in
+from mpjax.numerics.delayed import COLLECTION, histories
 from mpjax.policy.resolution import Table, resolution_table
 from mpjax.policy.rules import PolicyMap
 from mpjax.wrap.arguments import call_arguments
 from mpjax.wrap.nnx.calls import SITE, bordered, probed_by, read_in_stream, running
-from mpjax.wrap.nnx.layers import attributes_for
+from mpjax.wrap.nnx.layers import attributes_for, takes_delayed
 from mpjax.wrap.nnx.leaves import Leaves
 from mpjax.wrap.nnx.sites import Graph, Site, plan_sites, read_graph
+from mpjax.wrap.reserved import apart, reserved
 
 
 def takes(module: Any) -> bool:
@@ -36,6 +37,7 @@ def wrap_nnx(source: nnx.Module | Callable[..., nnx.Module], rules: PolicyMap) -
     graph = read_graph(sample)
     sites = plan_sites(graph, rules)
     leaves = Leaves(sample)
+    delayed = [sites[id(m.node)].path for m in graph.modules if takes_delayed(m.node, sites[id(m.node)])]
     classes, plain = graph.classes, nnx.graphdef(sample)
     instrument(graph, sites)
     instrumented = nnx.graphdef(sample)
@@ -47,25 +49,25 @@ def wrap_nnx(source: nnx.Module | Callable[..., nnx.Module], rules: PolicyMap) -
     def init(rng: jax.Array, *args: Any, **kwargs: Any) -> tuple[Params, MState]:
         params, mstate = leaves.read(_build(source, rng))
         params = cast_by_path(params, lambda path: policy_at(path).param_dtype)
+        mstate = mstate | ({COLLECTION: histories(delayed)} if delayed else {})
         return jax.tree.map(jnp.copy, (params, mstate))  # of an instance every leaf is still the user's
 
     def apply(params: Params, mstate: MState, *args: Any, rng: jax.Array | None = None, **kwargs: Any) -> Any:
         method, kwargs, train = call_arguments(classes[""], kwargs)
-        sunk, sinks = {name: mstate[name] for name in mstate if name == SINKS}, sinks_in(mstate)
-        mstate = {name: mstate[name] for name in mstate if name != SINKS}
+        mstate, kept = apart(mstate)
         streams = mstate if rng is None else leaves.reseeded(mstate, rng)
         module = leaves.merge(instrumented, params, streams)
         if train is not None:
             module.train() if train else module.eval()
         call = getattr(module, method if isinstance(method, str) else method.__name__)
-        token = running.set(None), probed_by.set(sinks)  # one wrapped model may run inside another
-        try:
-            with probing(None if sinks is None else object()):
+        with reserved(kept) as sinks:
+            token = running.set(None), probed_by.set(sinks)  # one wrapped model may run inside another
+            try:
                 out = call(*args, **kwargs)
-        finally:
-            running.reset(token[0])
-            probed_by.reset(token[1])
-        return out, leaves.updated(module, mstate, keep_rngs=rng is not None) | sunk
+            finally:
+                running.reset(token[0])
+                probed_by.reset(token[1])
+        return out, leaves.updated(module, mstate, keep_rngs=rng is not None) | kept
 
     def table(*args: Any, **kwargs: Any) -> Table:
         return resolution_table(rules, classes)
@@ -74,7 +76,7 @@ def wrap_nnx(source: nnx.Module | Callable[..., nnx.Module], rules: PolicyMap) -
         return cast_by_path(params, lambda path: policy_at(path).compute_dtype)
 
     def merge(params: Params, mstate: MState) -> nnx.Module:
-        return leaves.merge(plain, *jax.tree.map(jnp.copy, (params, mstate)))
+        return leaves.merge(plain, *jax.tree.map(jnp.copy, (params, apart(mstate)[0])))
 
     return Model(init, apply, policy=rules, table=table, cast_params=cast_params, merge=merge)
 
@@ -96,7 +98,7 @@ def instrument(graph: Graph, sites: Mapping[int, Site]) -> None:
     """Give every module of a graph of our own its site and its border, and every Param the dtype of its reader."""
     for found in graph.modules:
         module, site = found.node, sites[id(found.node)]
-        for name, value in (attributes_for(module, site.compute) | {SITE: site}).items():
+        for name, value in (attributes_for(module, site) | {SITE: site}).items():
             setattr(module, name, value)
         _become(module, bordered)
     for found in graph.variables:

@@ -14,8 +14,9 @@ from flax.nnx.nn.recurrent import RNNCellBase
 
 from mpjax.core.scopes import scope_name
 from mpjax.core.tree import cast_floating, cast_like
+from mpjax.numerics.dot import apart
 from mpjax.numerics.probe import Sinks, tap_tree
-from mpjax.wrap.nnx.layers import UPCASTING_NORMS, looks_up
+from mpjax.wrap.nnx.layers import DENSE, UPCASTING_NORMS, looks_up
 from mpjax.wrap.nnx.sites import Site
 
 running: contextvars.ContextVar[Site | None] = contextvars.ContextVar("site of the module that runs", default=None)
@@ -74,7 +75,10 @@ def _crossing(name: str, method: Any) -> Callable:
 
 def _run(module: nnx.Module, method: Callable, args: tuple, kwargs: dict, site: Site, name: str) -> Any:
     args, kwargs, carry = _enter(module, args, kwargs, site)
-    out = tap_tree(probed_by.get(), name, method(*args, **kwargs))
+    out = method(*args, **kwargs)
+    if site.dot is not None and isinstance(module, DENSE):
+        out = apart(out)
+    out = tap_tree(probed_by.get(), name, out)
     if carry is not None:  # or the loop around this cell does not type-check
         return (cast_like(out[0], carry), *_hand_back(out[1:], site))
     if isinstance(module, (nnx.RNN, nnx.Bidirectional)) and isinstance(out, tuple):  # (final carry, outputs)

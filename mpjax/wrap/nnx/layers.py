@@ -5,18 +5,25 @@ from __future__ import annotations
 import types
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from mpjax.numerics.attention import attention
+from mpjax.numerics.delayed import DelayedDot
+from mpjax.numerics.dot import QuantizedDot
+from mpjax.wrap.nnx.sites import Site
 
 UPCASTING_NORMS = (nnx.BatchNorm, nnx.GroupNorm, nnx.InstanceNorm, nnx.LayerNorm, nnx.RMSNorm)
 """Norms that widen their input inside: widening it before the call would keep a float32 copy for the backward pass."""
 
+DENSE = (nnx.Linear, nnx.LinearGeneral)
+"""Layers that a `dot=` recipe reaches."""
 
-def attributes_for(module: nnx.Module, compute: np.dtype) -> dict[str, Any]:
-    """The attributes of Flax's own layers by which a call computes in `compute`."""
+
+def attributes_for(module: nnx.Module, site: Site) -> dict[str, Any]:
+    """The attributes of Flax's own layers by which a call computes in the site's dtype, and multiplies by its recipe."""
+    compute, dot = site.compute, site.dot
     attributes: dict[str, Any] = {}
     if _is_float_attribute(module, "dtype"):
         attributes["dtype"] = compute
@@ -27,7 +34,19 @@ def attributes_for(module: nnx.Module, compute: np.dtype) -> dict[str, Any]:
         attributes["promote_dtype"] = _as_they_are if compute.itemsize >= 4 else module.promote_dtype
     if isinstance(module, nnx.MultiHeadAttention) and module.attention_fn is nnx.dot_product_attention:
         attributes["attention_fn"] = _attention
+    if dot is not None and isinstance(module, DENSE) and not _has_own_dot(module):
+        attributes["dot_general"] = DelayedDot(site.path) if dot == "fp8_delayed" else QuantizedDot(dot)
     return attributes
+
+
+def takes_delayed(module: nnx.Module, site: Site) -> bool:
+    """Whether a float8 history is kept for this module."""
+    return isinstance(module, DENSE) and site.dot == "fp8_delayed"
+
+
+def _has_own_dot(module: nnx.Linear | nnx.LinearGeneral) -> bool:
+    own = module.dot_general not in (None, jax.lax.dot_general)
+    return own or getattr(module, "dot_general_cls", None) is not None
 
 
 def looks_up(method: Any) -> bool:

@@ -31,6 +31,8 @@ class Site:
     """Float arguments enter as they are."""
     passes: frozenset[np.dtype]
     """Dtypes that an `output=` rule named further inside: such tensors pass up unrounded."""
+    dot: str | None = None
+    """The recipe by which it multiplies, if it is a dense layer."""
 
 
 @dataclasses.dataclass
@@ -107,8 +109,11 @@ def plan_sites(graph: Graph, rules: PolicyMap) -> dict[int, Site]:
     classes = graph.classes
     rules.check(classes, graph.stacks)
     found: dict[int, Resolution] = {}
+    dots: dict[int, str | None] = {}
     for module in graph.modules:
         found[id(module.node)] = _one({p: rules.resolve(p, classes) for p in module.owners}, module)
+        recipes = {p: (rules.dot_at(p, classes),) for p in module.owners}
+        dots[id(module.node)] = _agreed(recipes, module)[0]
     for variable in graph.variables:
         if isinstance(variable.node, nnx.Param):  # only to refuse a conflict: it is read in its reader's dtype
             _one({p: found[id(owner)] for p, owner in variable.owners.items()}, variable)
@@ -130,7 +135,8 @@ def plan_sites(graph: Graph, rules: PolicyMap) -> dict[int, Site]:
         hands_back, _, keeps_input = borders[id(module.node)]
         deliberate = {borders[id(m.node)][0] for m in below if borders[id(m.node)][1]}
         compute = found[id(module.node)].policy.compute_dtype
-        sites[id(module.node)] = Site(module.path, compute, hands_back, keeps_input, frozenset(deliberate - {compute}))
+        passes = frozenset(deliberate - {compute})
+        sites[id(module.node)] = Site(module.path, compute, hands_back, keeps_input, passes, dots[id(module.node)])
     return sites
 
 
@@ -151,4 +157,4 @@ def _agreed(values: dict[str, Any], what: Found) -> Any:
 
 
 def _told(value: tuple) -> str:
-    return ", ".join(str(part) for part in value if isinstance(part, np.dtype))
+    return ", ".join(str(part) for part in value if isinstance(part, (np.dtype, str))) or "no dot= recipe"
