@@ -71,6 +71,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "train.job": ("Job",),
     "train.loop": ("fit",),
     "train.hooks": ("FitResult", "Hook", "NonFiniteError"),
+    "train.prefetch": ("Prefetch", "prefetch"),
     "train.seeds": ("Seeds", "epoch_batches", "seeds"),
     "train.sharding": ("shard_batch", "shard_state", "state_shardings"),
     "train.specs": ("fsdp",),
@@ -145,6 +146,7 @@ if TYPE_CHECKING:
     from mpjax.train.hooks import FitResult as FitResult, Hook as Hook, NonFiniteError as NonFiniteError
     from mpjax.train.job import Job as Job
     from mpjax.train.loop import fit as fit
+    from mpjax.train.prefetch import Prefetch as Prefetch, prefetch as prefetch
     from mpjax.train.seeds import Seeds as Seeds, epoch_batches as epoch_batches, seeds as seeds
     from mpjax.train.sharding import (
         shard_batch as shard_batch,
