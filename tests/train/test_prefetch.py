@@ -6,6 +6,7 @@ import contextvars
 import dataclasses
 import functools
 import logging
+import queue
 import signal
 import sys
 import threading
@@ -364,7 +365,12 @@ def test_a_signal_in_a_step_ends_with_it_and_the_run_goes_on_to_the_same_bytes(n
 @pytest.mark.usefixtures("ctrl_c")
 def test_a_second_ctrl_c_leaves_a_function_that_hangs(monkeypatch, caplog):
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)  # in a script the second one is the system's
-    heard, hung = threading.Event(), threading.Event()
+    heard, hung, asked = threading.Event(), threading.Event(), threading.Semaphore(0)
+
+    class Queue(queue.SimpleQueue):
+        def get(self):
+            asked.release()
+            return super().get()
 
     class Hear(logging.Handler):
         def emit(self, record):
@@ -372,12 +378,14 @@ def test_a_second_ctrl_c_leaves_a_function_that_hangs(monkeypatch, caplog):
 
     def batches(attempt):
         if attempt == 1:
+            assert asked.acquire(timeout=LONG) and asked.acquire(timeout=LONG)  # the loop waits for this very batch
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             assert heard.wait(LONG)
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             hung.wait(LONG)
         return batch_of(attempt)
 
+    monkeypatch.setattr(queue, "SimpleQueue", Queue)
     hear = Hear()
     logging.getLogger("mpjax").addHandler(hear)
     try:
