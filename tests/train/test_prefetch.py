@@ -10,6 +10,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 import traceback
 
 import jax
@@ -376,12 +377,16 @@ def test_a_second_ctrl_c_leaves_a_function_that_hangs(monkeypatch, caplog):
         def emit(self, record):
             heard.set()
 
+    def interrupt():
+        time.sleep(0.2)  # a signal on the last instruction before a wait is heard behind it
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
     def batches(attempt):
         if attempt == 1:
             assert asked.acquire(timeout=LONG) and asked.acquire(timeout=LONG)  # the loop waits for this very batch
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            interrupt()
             assert heard.wait(LONG)
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            interrupt()
             hung.wait(LONG)
         return batch_of(attempt)
 
