@@ -50,6 +50,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "static_loss_scale",
     ),
     "numerics.probe": ("tap",),
+    "numerics.remat": ("remat_policy",),
     "numerics.scaled_grad": ("scaled_value_and_grad",),
     "policy.hardware": ("hardware_half", "recommend"),
     "policy.policy": ("Policy", "cast_to_full", "cast_to_half", "get_policy"),
@@ -120,6 +121,7 @@ if TYPE_CHECKING:
         static_loss_scale as static_loss_scale,
     )
     from mpjax.numerics.probe import tap as tap
+    from mpjax.numerics.remat import remat_policy as remat_policy
     from mpjax.numerics.scaled_grad import scaled_value_and_grad as scaled_value_and_grad
     from mpjax.policy.hardware import hardware_half as hardware_half, recommend as recommend
     from mpjax.policy.policy import (
