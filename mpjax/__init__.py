@@ -55,6 +55,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "policy.hardware": ("hardware_half", "recommend"),
     "policy.policy": ("Policy", "cast_to_full", "cast_to_half", "get_policy"),
     "policy.rules": ("PolicyMap",),
+    "policy.xla_flags": ("xla_flags",),
     "store.checkpoint": ("Checkpointer",),
     "store.export.forward": ("Forward", "load_forward"),
     "store.export.loading": ("Exported", "load_export"),
@@ -131,6 +132,7 @@ if TYPE_CHECKING:
         get_policy as get_policy,
     )
     from mpjax.policy.rules import PolicyMap as PolicyMap
+    from mpjax.policy.xla_flags import xla_flags as xla_flags
     from mpjax.store.checkpoint import Checkpointer as Checkpointer
     from mpjax.store.export.forward import Forward as Forward, load_forward as load_forward
     from mpjax.store.export.loading import Exported as Exported, load_export as load_export
