@@ -40,8 +40,9 @@ def remat_policy(name: str) -> Callable[..., Any]:
         "offload"        as "dots_no_batch",   but in the memory of the host, sent there and back while the device computes:
                          of the device 0       it pays where the link is faster than the product
 
-    Where attention is one fused kernel, "dots" keeps what "dots_no_batch" does: no scores are to be seen. What XLA makes of
-    it is measured by `experiments/remat_options.py`.
+    Where attention is one fused kernel, "dots" keeps what "dots_no_batch" does, since no scores are to be seen; and the
+    kernel runs twice under all but "everything", for the statistics that its own backward pass reads. What XLA makes of it
+    all is measured by `experiments/remat_options.py`.
 
     Args:
       name: one of these.
