@@ -36,7 +36,8 @@ def remat_policy(name: str) -> Callable[..., Any]:
                                                and attention run twice. The usual choice for a transformer
         "dots"           9·B·T·D + B·H·T²      every product and convolution, attention's scores too; only what is cheap, one
                                                number at a time, runs twice
-        "everything"     all                   nothing runs twice, as without remat
+        "everything"     all                   nothing runs twice. To compare with; no remat at all can take less, since here
+                                               a result and its reshaped or marked self may both be kept
         "offload"        as "dots_no_batch",   but in the memory of the host, sent there and back while the device computes:
                          of the device 0       it pays where the link is faster than the product
 

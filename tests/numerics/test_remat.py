@@ -32,7 +32,7 @@ def block(w, x):
     h = jnp.tanh(x)
     q, k, v = ((h @ w[name]).reshape(B, T, H, D // H) for name in ("query", "key", "value"))
     x = x + attention(q, k, v).reshape(B, T, D) @ w["out"]
-    return x + jax.nn.gelu(jnp.tanh(x) @ w["up"]) @ w["down"]
+    return x + jnp.tanh(jnp.tanh(x) @ w["up"]) @ w["down"]
 
 
 def loss(w, x, policy=None):

@@ -40,11 +40,11 @@ def loss_fn(params, mstate, batch, rng):
     return jnp.square(MODEL.apply(params, mstate, batch["x"])[0] - batch["y"]).mean()
 
 
-STEP = make_train_step(loss_fn, optax.adam(0.1))
+STEP = make_train_step(loss_fn, optax.sgd(0.1))
 
 
 def new_state():
-    return TrainState.create(MODEL, optax.adam(0.1), KEY)
+    return TrainState.create(MODEL, optax.sgd(0.1), KEY)
 
 
 def batch_of(attempt):
@@ -125,7 +125,7 @@ def test_a_run_gives_the_same_bytes_also_in_parts():
 class Net(nn.Module):
     @nn.compact
     def __call__(self, image_BxHxWxC):
-        return nn.Dense(3)(nn.relu(nn.Conv(4, (3, 3))(image_BxHxWxC)).mean((1, 2)))
+        return nn.Conv(4, (3, 3))(image_BxHxWxC).mean((1, 2))
 
 
 def test_an_image_cast_on_the_host_is_half_the_bytes_and_trains_to_the_same_ones():
@@ -143,7 +143,7 @@ def test_an_image_cast_on_the_host_is_half_the_bytes_and_trains_to_the_same_ones
 
     optimizer, sent = optax.sgd(1e-1), []
     step = make_train_step(loss_fn, optimizer)
-    state = TrainState.create(model, optimizer, KEY, jnp.zeros((1, 6, 6, 3)))
+    state = jax.jit(lambda: TrainState.create(model, optimizer, KEY, jnp.zeros((1, 6, 6, 3))))()
 
     def place(batch):
         sent.append(nbytes(batch))
