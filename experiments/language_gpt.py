@@ -11,8 +11,8 @@ Time       2 minutes on 2 CPU cores, to about 2.8 bits per byte. At a learning r
            another seed, or rounding alone, moved the result by a tenth of a bit.
 Run        mpjax train language_gpt, or python -m experiments.language_gpt --steps=100 --policy mixed_bfloat16
 Full size  for a GPU (run for 500 and 1,000 steps: experiments/records/2026-11-24-three-experiments-h200):
-           --width=512 --depth=8 --heads=8 --context=1024 --batch-size=64 --accumulate=2 --remat=True --steps=2000
-           --learning-rate=6e-4 --eval-every=200 --eval-windows=256
+           --width=512 --depth=8 --heads=8 --context=1024 --batch-size=64 --accumulate=2 --remat=nothing --steps=2000
+           --learning-rate=6e-4 --eval-every=200 --eval-windows=256 (what that record calls --remat=True)
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -60,8 +61,8 @@ class Config:
     """Attention heads."""
     tied: bool = True
     """The head is the embedding, transposed; else it has weights of its own."""
-    remat: bool = False
-    """Keep only each block's input for the backward pass and compute the rest again."""
+    remat: Literal["none", "nothing", "attention", "dots_no_batch", "dots", "everything", "offload"] = "none"
+    """What the backward pass keeps of a block beside its input (`mpjax.remat_policy`); none: no remat, all is kept."""
     eval_every: int = 200
     """Steps between evaluations."""
     eval_windows: int = 256
@@ -104,7 +105,7 @@ class GPT(nn.Module):
     depth: int
     heads: int
     tied: bool
-    remat: bool
+    remat: str
 
     @nn.compact
     def __call__(self, byte_BxT):
@@ -113,7 +114,9 @@ class GPT(nn.Module):
         x_BxTxD = embed(byte_BxT)
         x_BxTxD += self.param("positions", nn.initializers.normal(0.02), (1, length, self.width))
         mask_1x1xTxT = jnp.tril(jnp.ones((1, 1, length, length), bool))
-        body = nn.remat(Block, prevent_cse=False) if self.remat else Block  # a scan's body is not merged with others
+        body = Block
+        if self.remat != "none":  # a scan's body is not merged with others
+            body = nn.remat(Block, prevent_cse=False, policy=mpjax.remat_policy(self.remat))
         stack = nn.scan(
             body, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=self.depth
         )

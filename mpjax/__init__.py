@@ -50,10 +50,12 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "static_loss_scale",
     ),
     "numerics.probe": ("tap",),
+    "numerics.remat": ("remat_policy",),
     "numerics.scaled_grad": ("scaled_value_and_grad",),
     "policy.hardware": ("hardware_half", "recommend"),
     "policy.policy": ("Policy", "cast_to_full", "cast_to_half", "get_policy"),
     "policy.rules": ("PolicyMap",),
+    "policy.xla_flags": ("xla_flags",),
     "store.checkpoint": ("Checkpointer",),
     "store.export.forward": ("Forward", "load_forward"),
     "store.export.loading": ("Exported", "load_export"),
@@ -71,6 +73,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "train.job": ("Job",),
     "train.loop": ("fit",),
     "train.hooks": ("FitResult", "Hook", "NonFiniteError"),
+    "train.prefetch": ("Prefetch", "prefetch"),
     "train.seeds": ("Seeds", "epoch_batches", "seeds"),
     "train.sharding": ("shard_batch", "shard_state", "state_shardings"),
     "train.specs": ("fsdp",),
@@ -119,6 +122,7 @@ if TYPE_CHECKING:
         static_loss_scale as static_loss_scale,
     )
     from mpjax.numerics.probe import tap as tap
+    from mpjax.numerics.remat import remat_policy as remat_policy
     from mpjax.numerics.scaled_grad import scaled_value_and_grad as scaled_value_and_grad
     from mpjax.policy.hardware import hardware_half as hardware_half, recommend as recommend
     from mpjax.policy.policy import (
@@ -128,6 +132,7 @@ if TYPE_CHECKING:
         get_policy as get_policy,
     )
     from mpjax.policy.rules import PolicyMap as PolicyMap
+    from mpjax.policy.xla_flags import xla_flags as xla_flags
     from mpjax.store.checkpoint import Checkpointer as Checkpointer
     from mpjax.store.export.forward import Forward as Forward, load_forward as load_forward
     from mpjax.store.export.loading import Exported as Exported, load_export as load_export
@@ -145,6 +150,7 @@ if TYPE_CHECKING:
     from mpjax.train.hooks import FitResult as FitResult, Hook as Hook, NonFiniteError as NonFiniteError
     from mpjax.train.job import Job as Job
     from mpjax.train.loop import fit as fit
+    from mpjax.train.prefetch import Prefetch as Prefetch, prefetch as prefetch
     from mpjax.train.seeds import Seeds as Seeds, epoch_batches as epoch_batches, seeds as seeds
     from mpjax.train.sharding import (
         shard_batch as shard_batch,

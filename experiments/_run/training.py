@@ -117,7 +117,7 @@ def train(name: str, job: mpjax.Job, folder: Path, plan: Plan, mesh: jax.shardin
     if plan.progress:
         hooks.append(ProgressBar(plan.attempts, name))
     result = mpjax.fit(
-        stepping, state, job.batches, attempts=plan.attempts, eval_step=eval_step, eval_batches=job.eval_batches,
+        stepping, state, mpjax.prefetch(job.batches), attempts=plan.attempts, eval_step=eval_step, eval_batches=job.eval_batches,
         eval_every=plan.eval_every, cast=job.model.cast_params, best=plan.best, hooks=hooks, earlier=earlier,
     )  # fmt: skip
     if not result.history:

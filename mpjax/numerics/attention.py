@@ -11,8 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from mpjax.core.types import DTypeLike
+from mpjax.numerics.remat import ATTENTION
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -104,7 +106,7 @@ def attention(
         key, value = (jnp.repeat(x, query.shape[-2] // x.shape[-2], axis=-2) for x in (key, value))
     drops = not deterministic and dropout_rate > 0.0
     if not drops and bias is None and module is None and precision is None and fits_cudnn(query, key, value, mask):
-        return _cudnn(query, key, value, mask, is_causal)
+        return checkpoint_name(_cudnn(query, key, value, mask, is_causal), ATTENTION)
     if is_causal:
         causal = _causal(query, key)
         mask = causal if mask is None else mask & causal
@@ -119,7 +121,7 @@ def attention(
         shape = (1,) * (key.ndim - 2) + weights.shape[-2:] if broadcast_dropout else weights.shape
         keep = jax.random.bernoulli(dropout_rng, 1.0 - dropout_rate, shape).astype(compute)
         weights = weights * jnp.broadcast_to(keep / jnp.asarray(1.0 - dropout_rate, compute), weights.shape)
-    return jnp.einsum("...hqk,...khd->...qhd", weights, value, precision=precision)
+    return checkpoint_name(jnp.einsum("...hqk,...khd->...qhd", weights, value, precision=precision), ATTENTION)
 
 
 def _scores(query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from mpjax.train.clock import Clock
 from mpjax.train.evaluate import EvalStep, evaluate
 from mpjax.train.hooks import FitResult, Hook, NonFiniteError
 from mpjax.train.interrupt import Interrupts, Stopped
+from mpjax.train.prefetch import drawn
 from mpjax.train.state import attempts_made
 
 logger = logging.getLogger("mpjax")
@@ -54,7 +55,8 @@ def fit(
     Args:
       step: a `TrainStep`, or any function like it.
       state: a `TrainState`. It is donated.
-      batches: from attempt to batch, or an iterable of batches.
+      batches: from attempt to batch, or an iterable of batches; none is drawn once somebody asked to stop. From
+        `mpjax.prefetch`: the next batches are made and sent to the device while a step runs.
       attempts: how many steps to try in all. A skipped step is an attempt: its batch is not fed again.
       eval_step, eval_batches: from `make_eval_step`, and the held-out batches.
       eval_every: attempts between evaluations; one is made at the end in any case. 0: only there.
@@ -95,6 +97,7 @@ def fit(
     if eval_step is not None and not len(eval_batches):
         raise ValueError("eval_step came without eval_batches; give the held-out batches, or drop it")
     first = attempts_made(state)
+    planned = range(first, attempts)
     result, clock = FitResult(state, stopped="failed"), Clock()
     if earlier is not None:
         result.history = [row for row in earlier.history if row["attempt"] < first]
@@ -135,11 +138,13 @@ def fit(
     with Interrupts() as interrupts, contextlib.ExitStack() as ending:
         for hook in reversed(hooks):
             ending.callback(hook.on_end, result)  # each of them, whatever another raises
+        feed = ending.enter_context(drawn(batches, planned))
         try:
             if earlier is not None and due(first):
                 measure(first)
             early = _out_of_patience(result, patience)
-            for attempt, batch in _numbered(batches, first, first if early else attempts, interrupts):
+            numbers = itertools.takewhile(lambda _: not interrupts.asked, () if early else planned)
+            for attempt, batch in zip(numbers, feed, strict=False):
                 result.state, metrics = step(result.state, batch)
                 waiting.append((attempt, metrics, batch))
                 clock.steps += attempt > first
@@ -182,16 +187,6 @@ def fit(
     if interrupts.asked:  # also while the hooks were told of the end
         result.stopped = "interrupted"
     return result
-
-
-def _numbered(
-    batches: Callable[[int], Batch] | Iterable[Batch], first: int, attempts: int, interrupts: Interrupts
-) -> Iterator[tuple[int, Batch]]:
-    """Attempts with their batches; none is drawn once somebody asked to stop."""
-    numbers = itertools.takewhile(lambda _: not interrupts.asked, range(first, attempts))
-    if callable(batches):
-        return ((attempt, batches(attempt)) for attempt in numbers)
-    return zip(numbers, batches, strict=False)
 
 
 def _scalars(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ ARGS = ["--policies", "float32", "mixed_float16", "--steps=6", "--eval-every=2",
 
 
 class Jobs:
-    """In place of `mlp_jax.make_job`: notes which batches are drawn under which policy, and stops the run at one of them.
+    """In place of `mlp_jax.make_job`: notes which batches are drawn under which policy, and stops the run in one of its steps.
 
     What is compiled is compiled once for all runs.
     """
@@ -39,14 +39,29 @@ class Jobs:
 
         def batches(attempt):
             self.drawn.append((name, attempt))
-            if (name, attempt) == self.stop:
-                os.kill(os.getpid(), signal.SIGTERM)
             return job.batches(attempt)
 
         own = dataclasses.replace(job, batches=batches)
-        for word, value in (("step", lambda **options: step), ("state", state)):
+        for word, value in (("step", lambda **options: Stopping(step, self, name)), ("state", state)):
             object.__setattr__(own, word, value)
         return own
+
+
+class Stopping:
+    """A train step in which SIGTERM comes, where the run is to be stopped at this attempt of this policy."""
+
+    def __init__(self, step, jobs, name):
+        self._step, self._jobs, self._name = step, jobs, name
+
+    def __getattr__(self, word):
+        return getattr(self._step, word)
+
+    def __call__(self, state, batch):
+        attempt = int(state.attempt)
+        after = self._step(state, batch)
+        if (self._name, attempt) == self._jobs.stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return after
 
 
 @pytest.fixture
@@ -87,7 +102,8 @@ def test_a_comparison_that_is_stopped_twice_ends_as_one_in_one_go(tmp_path, jobs
     # The batch 0 is drawn before `fit` too, to compile; attempt 2 is the third step.
     jobs.stop, jobs.drawn = ("float32", 2), []
     assert start(folder) == 0
-    assert jobs.drawn[-1] == ("float32", 2) and rows(folder)[0]["policy"] == "float32 (3 steps)"
+    assert {name for name, _ in jobs.drawn} == {"float32"} and rows(folder)[0]["policy"] == "float32 (3 steps)"
+    assert max(n for _, n in jobs.drawn) <= 2 + 2  # the last step, and two that were ready
     said = f"interrupted during float32, after 3 of 6 steps; go on with the same command and --workdir {folder}"
     assert said in capsys.readouterr().out
     assert sorted(path.name for path in (folder / "float32" / "checkpoints").iterdir() if path.name[0] != ".") == ["3"]

@@ -30,7 +30,7 @@ def run(tmp_path_factory):
     """The row of a short run that uses all that a run can, and its folder."""
     workdir = tmp_path_factory.mktemp("runs")
     config = language_gpt.Config(
-        policies=("mixed_float16",), steps=200, eval_every=100, learning_rate=2e-2, accumulate=2, remat=True,
+        policies=("mixed_float16",), steps=200, eval_every=100, learning_rate=2e-2, accumulate=2, remat="nothing",
         workdir=str(workdir), progress=False, **SMALL,
     )  # fmt: skip
     (row,) = language_gpt.main(config)
@@ -59,7 +59,7 @@ def make(policy="float32", **settings):
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_all_products_of_the_real_size_are_in_half(policy):
-    job = language_gpt.make_job(language_gpt.Config(remat=True), mpjax.PolicyMap.of(policy))
+    job = language_gpt.make_job(language_gpt.Config(remat="nothing"), mpjax.PolicyMap.of(policy))
     state = jax.eval_shape(job.state, jax.random.key(0))
     found = audit(job.step(clip_norm=1.0, accumulate=2).pure, state, job.batches(0))
     assert found.share(policy.removeprefix("mixed_")) >= 0.95
