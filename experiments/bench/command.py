@@ -15,8 +15,9 @@ from rich.console import Console
 
 from experiments._run import Refused
 from experiments.bench import flops, table
-from experiments.bench.process import Task, launch, perform
+from experiments.bench.process import Task, import_seconds, launch, perform
 from experiments.bench.rows import ROWS, Settings
+from experiments.bench.side_jax import room_of
 from mpjax.measure.table import policy_table
 
 VARIABLES = ("XLA_FLAGS", "CUDA_VISIBLE_DEVICES")
@@ -37,6 +38,8 @@ class Config:
     """A folder, for ROW.json and ROW.md; by default runs/bench-date-time."""
     isolated: bool = True
     """Each side in a process of its own. --no-isolated is for tests: memory and compile times are then not a side's own."""
+    imports: int = 0
+    """Fresh processes that import what a side needs, by turns; the table then shows their median. 0: once, as it is run."""
     timeout: float = 300.0
     """Seconds that a side may take."""
     settings: tyro.conf.OmitArgPrefixes[Settings] = dataclasses.field(default_factory=Settings)
@@ -81,8 +84,13 @@ def main(config: Config) -> int:
         "date": datetime.datetime.now().isoformat(timespec="seconds"), "command": sys.argv,
         "variables": {name: value for name, value in os.environ.items() if _told(name)},
         "described": {name: dataclasses.asdict(side) for name, side in ROWS[config.row].sides.items()},
-        "products": {}, "sides": {}, "pairs": {},
+        "products": {}, "sides": {}, "pairs": {}, "imports": {},
     }  # fmt: skip
+    for _ in range(config.imports):
+        for task in planned:
+            if len(task.sides) == 1:
+                room = room_of(work, ROWS[config.row].sides[task.name].by)
+                record["imports"].setdefault(task.name, []).append(import_seconds(room))
     for task in planned:
         result = launch(task, config.timeout) if config.isolated else perform(task)
         if len(task.sides) == 2:

@@ -78,6 +78,12 @@ def launch(task: Task, timeout: float) -> dict[str, Any]:
         return json.loads(result.read_text())
 
 
+def import_seconds(module: str) -> float:
+    """How long a fresh process takes to import a module and all that it needs."""
+    program = f"import time; since = time.perf_counter(); import {module}; print(time.perf_counter() - since)"
+    return float(subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True).stdout)
+
+
 def main(text: str, result: str) -> None:
     """What the process runs."""
     given = json.loads(text)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import collections
 import math
 import re
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 _ARRAY = r"(\w+)\[([\d,]*)\]"
 _DEFINED = re.compile(rf"^\s*(?:ROOT )?%?([\w.-]+) = \(?{_ARRAY}", re.MULTILINE)
@@ -61,6 +62,22 @@ def table(hlo: str) -> list[dict[str, object]]:
     found = products(hlo)
     rows = sorted(found.items(), key=lambda item: (-item[0].flops * item[1], item[0]))
     return [{**product._asdict(), "count": count} for product, count in rows]
+
+
+def kinds(rows: Iterable[Mapping[str, Any]]) -> dict[tuple, int]:
+    """Of a `table`, how often each product is there, whichever kernel runs it and whichever operand stands first.
+
+    A product is told by its FLOPs and the dtypes of its operands; one whose FLOPs the program does not tell (attention's
+    kernel, a convolution) by its kernel and shapes. The result's dtype says nothing: where a kernel cuts the sum into
+    parts, which is left to measurement on the device, each part is float32.
+    """
+    found: dict[tuple, int] = {}
+    for product in rows:
+        dtypes = tuple(sorted(text.partition("[")[0] for text in product["operands"]))
+        shapes = (product["kind"], *product["operands"], product["result"])
+        key: tuple = (product["flops"], *dtypes) if product["flops"] else shapes
+        found[key] = found.get(key, 0) + product["count"]
+    return found
 
 
 def _numbers(text: str) -> list[int]:

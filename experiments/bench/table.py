@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments._run import Refused
+from experiments.bench.products import kinds
 from mpjax.measure.table import to_markdown
 
 Record = Mapping[str, Any]
@@ -48,6 +49,7 @@ def rows(record: Record) -> list[dict[str, Any]]:
             continue
         step_ms, seconds = statistics.median(side["block_ms"]), side["seconds"]
         tflops = record["flops"] / step_ms / 1e9
+        imports = record["imports"].get(name, [seconds["import"]])
         made.append({
             "side": name,
             "step (ms)": f"{step_ms:.2f} ({min(side['block_ms']):.2f}–{max(side['block_ms']):.2f})",
@@ -57,7 +59,7 @@ def rows(record: Record) -> list[dict[str, Any]]:
             "share of product rate": tflops / peak if peak else None,
             "peak memory": side["peak_bytes"],
             "planned memory": side.get("planned_bytes", {}).get("peak"),
-            "import (s)": round(seconds["import"], 2), "trace (s)": _rounded(seconds.get("trace")),
+            "import (s)": round(statistics.median(imports), 2), "trace (s)": _rounded(seconds.get("trace")),
             "compile (s)": round(seconds["compile"], 2), "host (ms)": round(side["host_ms"], 3),
             f"loss {len(side['losses'])}": f"{side['losses'][-1]:.4f}",
         })  # fmt: skip
@@ -93,22 +95,6 @@ def notes(record: Record) -> Iterator[str]:
                 yield f"{name} failed: {side['failed']}"
     if "failed" in record["products"]:
         yield f"the rate of products failed: {record['products']['failed']}"
-
-
-def kinds(products: list[Record]) -> dict[tuple, int]:
-    """How often each product is there, whichever side of it stands first and whichever kernel runs it.
-
-    A product is told by its FLOPs, the numbers of its result and its dtypes; one whose FLOPs the program does not tell
-    (attention's kernel, a convolution) by its kernel and shapes.
-    """
-    found: dict[tuple, int] = {}
-    for product in products:
-        dtypes = tuple(sorted(text.partition("[")[0] for text in product["operands"]))
-        key: tuple = (product["kind"], *product["operands"], product["result"])
-        if product["flops"]:
-            key = (product["flops"], dtypes, product["result"].partition("[")[0])
-        found[key] = found.get(key, 0) + product["count"]
-    return found
 
 
 def profiles(record: Record) -> dict[str, Record]:
