@@ -96,16 +96,15 @@ def read(path: Path) -> list[Kernel]:
 
     trace = jax.profiler.ProfileData.from_file(str(path))  # it owns what its planes point to
     planes = list(trace.planes)
-    device = [plane for plane in planes if plane.name.startswith("/device:GPU")]
+    device = [line for plane in planes if plane.name.startswith("/device:GPU") for line in plane.lines]
+    # Beside its streams a GPU may have lines that the profiler derives from them: the same time once more.
+    lines = [line for line in device if line.name.startswith("Stream")] or device
     found = []
-    for plane in device or planes:
-        for line in plane.lines:
-            if device and not line.name.startswith("Stream"):
-                continue  # what the profiler derives from the streams, once more
-            for event in line.events:
-                op = str(dict(event.stats).get("hlo_op", ""))
-                if device or op:
-                    found.append(Kernel(event.name, op, float(event.duration_ns)))
+    for line in lines or (line for plane in planes for line in plane.lines):
+        for event in line.events:
+            op = str(dict(event.stats).get("hlo_op", ""))
+            if device or op:
+                found.append(Kernel(event.name, op, float(event.duration_ns)))
     return found
 
 

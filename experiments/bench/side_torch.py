@@ -97,5 +97,10 @@ def _kernels(ready: Ready, steps: int) -> dict[str, Any]:
         for _ in range(steps):
             ready.call()
         ready.wait()
-    on_gpu = [event for event in ran.events() if str(event.device_type).endswith("CUDA")]
+    # What the compiler names a range of kernels is no kernel.
+    on_gpu = [
+        event
+        for event in ran.events()
+        if str(event.device_type).endswith("CUDA") and not getattr(event, "is_user_annotation", False)
+    ]
     return summary([Kernel(event.name, "", event.self_device_time_total * 1e3) for event in on_gpu], steps, {})
