@@ -1,0 +1,141 @@
+"""One command: all sides of a row in turn, one table, and a JSON file beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from experiments._run import Refused
+from experiments.bench import flops, table
+from experiments.bench.process import Task, import_seconds, launch, perform
+from experiments.bench.rows import ROWS, Settings
+from experiments.bench.side_jax import room_of
+from mpjax.measure.table import policy_table
+
+VARIABLES = ("XLA_FLAGS", "CUDA_VISIBLE_DEVICES")
+"""Of the environment: kept in the record, with all that begin with JAX_, XLA_ or TORCH."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every setting, with its unit."""
+
+    row: tyro.conf.Positional[str]
+    """One of gpt2-bf16, gpt2-fp8, gpt2-f16, resnet50-bf16, gpt-1.3b-bf16, gpt-1.3b-fp8."""
+    sides: tuple[str, ...] | None = None
+    """Some of the row's sides; all by default. The first is the one that the others are divided by."""
+    paired: tuple[str, str] | None = None
+    """Two JAX sides that are run once more, in one process, their blocks in turn."""
+    out: str | None = None
+    """A folder, for ROW.json and ROW.md; by default runs/bench-date-time."""
+    isolated: bool = True
+    """Each side in a process of its own. --no-isolated is for tests: memory and compile times are then not a side's own."""
+    imports: int = 0
+    """Fresh processes that import what a side needs, by turns; the table then shows their median. 0: once, as it is run."""
+    timeout: float = 300.0
+    """Seconds that a side may take."""
+    settings: tyro.conf.OmitArgPrefixes[Settings] = dataclasses.field(default_factory=Settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """The tables of rows that were run, in Markdown."""
+
+    folders: tyro.conf.Positional[tuple[str, ...]]
+    """Folders that rows wrote."""
+
+
+def tasks(config: Config) -> list[Task]:
+    """What is done, in this order: the rate of products (it warms the chip up), the sides, the pair.
+
+    Raises:
+      Refused: a name that is none of the row's, or a pair with a side that is not JAX's.
+    """
+    row = ROWS.get(config.row)
+    if row is None:
+        raise Refused(f"got the row {config.row!r}; legal are {', '.join(ROWS)}")
+    chosen = tuple(row.sides) if config.sides is None else config.sides
+    pair = config.paired or ()
+    if unknown := [name for name in (*chosen, *pair) if name not in row.sides]:
+        raise Refused(f"got the sides {', '.join(unknown)}; {config.row} has {', '.join(row.sides)}")
+    if any(row.sides[name].by == "torch" for name in pair):
+        raise Refused(f"got --paired {' '.join(pair)}; legal are two JAX sides: they share a process and its device")
+    names: list[tuple[str, ...]] = [(), *((name,) for name in chosen), *([pair] if pair else [])]
+    return [Task(config.row, name, config.settings) for name in names]
+
+
+def main(config: Config) -> int:
+    """Run the row, print its table, write both; what is done is written after each side. Returns 1 if a side failed."""
+    planned = tasks(config)
+    folder = Path(config.out or f"runs/bench-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+    folder.mkdir(parents=True, exist_ok=True)
+    work = config.settings.work(ROWS[config.row])
+    record: dict[str, Any] = {
+        "row": config.row, "work": dataclasses.asdict(work), "flops": flops.step_flops(work),
+        "items": work.items, "unit": work.unit, "settings": dataclasses.asdict(config.settings),
+        "date": datetime.datetime.now().isoformat(timespec="seconds"), "command": sys.argv,
+        "variables": {name: value for name, value in os.environ.items() if _told(name)},
+        "described": {name: dataclasses.asdict(side) for name, side in ROWS[config.row].sides.items()},
+        "products": {}, "sides": {}, "pairs": {}, "imports": {},
+    }  # fmt: skip
+    for _ in range(config.imports):
+        for task in planned:
+            if len(task.sides) == 1:
+                room = room_of(work, ROWS[config.row].sides[task.name].by)
+                record["imports"].setdefault(task.name, []).append(import_seconds(room))
+    for task in planned:
+        result = launch(task, config.timeout) if config.isolated else perform(task)
+        if len(task.sides) == 2:
+            record["pairs"][task.name] = result
+        elif task.sides:
+            record["sides"][task.name] = result
+        else:
+            record["products"] = result
+        (folder / f"{config.row}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        said = f"failed: {result['failed']}\n{result.get('log', '')}" if "failed" in result else "done"
+        print(f"{config.row}, {task.name}: {said}", file=sys.stderr, flush=True)
+    show(record, folder)
+    results = [record["products"], *record["sides"].values(), *record["pairs"].values()]
+    return int(any("failed" in result for result in results))
+
+
+def show(record: dict[str, Any], folder: Path) -> None:
+    """On the terminal, and in ROW.md."""
+    (folder / f"{record['row']}.md").write_text(table.markdown(record), encoding="utf-8")
+    console = Console(soft_wrap=True, highlight=False)
+    if record["sides"]:
+        console.print(policy_table(table.rows(record), title=record["row"]))
+    for name, found in table.profiles(record).items():
+        console.print(policy_table(table.kernel_rows(found), title=f"{name}: {found['ms']:.2f} ms a step in kernels"))
+    for note in table.notes(record):
+        console.print(note, markup=False)
+
+
+def run(args: list[str]) -> int:
+    """The command line: `ROW …`, or `table FOLDER…`. 2: it was not understood."""
+    from experiments import bench
+
+    prog = "python -m experiments.bench"
+    try:
+        if args[:1] == ["table"]:
+            given = tyro.cli(Tables, args=args[1:], prog=f"{prog} table")
+            print("\n".join(table.markdown(record) for record in table.load(given.folders)))
+            return 0
+        return main(tyro.cli(Config, description=bench.__doc__, args=args, prog=prog))
+    except KeyboardInterrupt:
+        return 130
+    except Refused as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 2
+
+
+def _told(name: str) -> bool:
+    return name in VARIABLES or name.startswith(("JAX_", "XLA_", "TORCH"))
