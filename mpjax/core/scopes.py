@@ -7,6 +7,7 @@ import re
 from mpjax.core.tree import canonical_path
 
 _MARK = re.compile(r"@([^/()]*)")
+_ATTENTION = re.compile(r"attention:unfused:(\w+)")
 _WRAPPED = re.compile(r"^\w+\((.*)\)$")
 
 
@@ -17,6 +18,21 @@ def scope_name(path: str) -> str:
     ('@layers.0.attention', '@')
     """
     return "@" + path.replace("/", ".")
+
+
+def attention_scope(compute: str) -> str:
+    """The `jax.named_scope` of an attention that is no fused kernel: what the auditor knows it by."""
+    return f"attention:unfused:{compute}"
+
+
+def unfused_attention_in(name_stack: str) -> str | None:
+    """The compute dtype of the unfused attention that runs what stands in this name stack; None outside of any.
+
+    >>> unfused_attention_in(f"jvp(@)/@layers.0/{attention_scope('bfloat16')}"), unfused_attention_in("jvp(@)")
+    ('bfloat16', None)
+    """
+    found = _ATTENTION.search(name_stack)
+    return found and found[1]
 
 
 def is_marked(name_stack: str) -> bool:
