@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mpjax.core.cautions import PrecisionWarning
 from mpjax.core.scopes import attention_scope
 from mpjax.core.types import DTypeLike
 
@@ -125,6 +127,23 @@ def attention(
             keep = jax.random.bernoulli(dropout_rng, 1.0 - dropout_rate, shape).astype(compute)
             weights = weights * jnp.broadcast_to(keep / jnp.asarray(1.0 - dropout_rate, compute), weights.shape)
         return jnp.einsum("...hqk,...khd->...qhd", weights, value, precision=precision)
+
+
+def warn_of_float16_on_cpu(attention_fn: Any, compute: np.dtype) -> None:
+    """A caution where a user's layer has jax's attention for its own, which does not compile in float16 on a CPU.
+
+    It is no error: only under jit does it raise, and what is traced here may run on a GPU.
+    """
+    while isinstance(attention_fn, functools.partial):
+        attention_fn = attention_fn.func
+    if attention_fn is jax.nn.dot_product_attention and compute == np.float16 and jax.default_backend() == "cpu":
+        warnings.warn(
+            "got attention_fn=jax.nn.dot_product_attention in float16 on a CPU, for which jax asks XLA for a product that it "
+            "does not have there (jitted, it raises 'F16_F16_F32 is not supported'); legal are bfloat16 and a GPU; leave "
+            "attention_fn out, or pass mpjax.attention, which runs",
+            PrecisionWarning,
+            stacklevel=2,
+        )
 
 
 def _scores(query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mpjax.numerics.attention import attention
+from mpjax.numerics.attention import attention, warn_of_float16_on_cpu
 
 UPCASTING_NORMS = (nnx.BatchNorm, nnx.GroupNorm, nnx.InstanceNorm, nnx.LayerNorm, nnx.RMSNorm)
 """Norms that widen their input inside: widening it before the call would keep a float32 copy for the backward pass."""
@@ -27,6 +27,7 @@ def attributes_for(module: nnx.Module, compute: np.dtype) -> dict[str, Any]:
         attributes["promote_dtype"] = _as_they_are if compute.itemsize >= 4 else module.promote_dtype
     if isinstance(module, nnx.MultiHeadAttention) and module.attention_fn is nnx.dot_product_attention:
         attributes["attention_fn"] = _attention
+    warn_of_float16_on_cpu(getattr(module, "attention_fn", None), compute)
     return attributes
 
 
