@@ -41,6 +41,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "measure.rates": ("product_rates",),
     "measure.readings": ("ProbeReport",),
     "measure.throughput": ("time_step",),
+    "numerics.attention": ("attention",),
     "numerics.loss_scale": (
         "DynamicLossScale",
         "LossScale",
@@ -113,6 +114,7 @@ if TYPE_CHECKING:
     from mpjax.measure.readings import ProbeReport as ProbeReport
     from mpjax.measure.throughput import time_step as time_step
     from mpjax.numerics import losses as losses
+    from mpjax.numerics.attention import attention as attention
     from mpjax.numerics.loss_scale import (
         DynamicLossScale as DynamicLossScale,
         LossScale as LossScale,

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import jax
 import jaxtyping
+from jax._src import compiler
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -37,9 +39,42 @@ STRICT = {"core", "policy", "numerics"}
 OPTIMIZED = {"core", "policy", "numerics", "train", "store"}
 
 
+users_options = compiler.get_compile_options
+
+
+def quick_options(*args: Any, **kwargs: Any) -> Any:
+    """XLA's CPU loops without its fusion emitters, which took two thirds of the compile time of a train step.
+
+    jax has a setting for LLVM's level and none for this one: `XLA_FLAGS` is read once a process, and
+    `jax.jit(compiler_options=...)` stands in the code under test.
+    """
+    options = users_options(*args, **kwargs)
+    if has_fusion_emitters():
+        options.env_option_overrides = [*options.env_option_overrides, EMITTERS_OFF]
+    return options
+
+
+EMITTERS_OFF = ("xla_cpu_use_fusion_emitters", False)
+
+
+@functools.cache
+def has_fusion_emitters() -> bool:
+    """Whether this XLA can do without them: that of jax 0.10 can, that of 0.12 has no such option any more."""
+    lowered = jax.jit(lambda: 0).lower()
+    quick, compiler.get_compile_options = compiler.get_compile_options, users_options
+    try:
+        lowered.compile(dict([EMITTERS_OFF]))
+    except jax.errors.JaxRuntimeError:
+        return False
+    finally:
+        compiler.get_compile_options = quick
+    return True
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Half the compile time, at a lower level of LLVM, where it is dtypes, structure and reports that are tested.
+    """A quarter of the compile time, by LLVM's lowest level and XLA's older loops, where it is dtypes, structure and
+    reports that are tested.
 
     The floors that make numbers, every test of a fault, and tests marked `optimized` (they promise the same bits from two
     programs) run as users' programs do.
@@ -48,6 +83,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     numbers = path.parts[0] in OPTIMIZED or path.name.startswith("test_faults")
     quick = not numbers and item.get_closest_marker("optimized") is None
     jax.config.update("jax_disable_most_optimizations", quick)
+    compiler.get_compile_options = quick_options if quick else users_options
+
+
+@pytest.fixture
+def quick_environment() -> dict[str, str]:
+    """The same for a process of a test's own that jax's settings reach by its environment."""
+    flags = {"XLA_FLAGS": f"--{EMITTERS_OFF[0]}=false"} if has_fusion_emitters() else {}
+    return {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | flags
 
 
 @pytest.fixture(autouse=True)

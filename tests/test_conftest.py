@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from jax._src import compiler
 
 import mpjax
 
@@ -35,6 +36,23 @@ def test_dtype_promotion_is_standard_outside_the_pure_floors():
 def test_eight_devices_on_a_cpu():
     if jax.default_backend() == "cpu":
         assert len(jax.devices()) == 8
+
+
+def level_and_overrides():
+    options = compiler.get_compile_options(1, 1)
+    level = options.executable_build_options.debug_options.xla_backend_optimization_level
+    return level, [name for name, _ in options.env_option_overrides]
+
+
+def test_most_tests_are_compiled_quickly(quick_environment):
+    has_emitters = "XLA_FLAGS" in quick_environment
+    assert level_and_overrides() == (0, ["xla_cpu_use_fusion_emitters"] * has_emitters)
+
+
+@pytest.mark.optimized
+def test_some_are_compiled_as_users_programs_are():
+    level, overrides = level_and_overrides()
+    assert level > 0 and overrides == []
 
 
 @pytest.mark.gpu

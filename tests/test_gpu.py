@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn, nnx
 
 import mpjax
 from mpjax.numerics.probe import EXPONENTS, count
@@ -67,6 +68,49 @@ def test_products_reach_cublas_in_the_compute_dtype(policy, name, door):
         dtypes[operand] for pair in products for operand in re.findall(r"%?([\w.\-]+)(?:,|$)", "".join(pair))[:2]
     }
     assert products and operands == {name}
+
+
+def cudnn_only(query, key, value, mask=None, **_):
+    """A user's own attention_fn, which takes no float32."""
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
+
+
+@both_doors
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_the_audit_tells_that_attention_is_fused(policy, door):
+    """By hand: rows of 4 (8, in two parts), 64 tokens, two products forward and five backward for each layer."""
+    task = job(policy, door)
+    found = mpjax.audit(task.step(accumulate=2).pure, task.state(jax.random.key(0)), task.batches(0)).select(
+        "attention"
+    )
+    assert {(op.kernel, op.label) for op in found.ops} == {("fused (cuDNN)", policy.removeprefix("mixed_"))}
+    forward, backward = ([op for op in found.ops if way in op.primitive] for way in ("fwd", "bwd"))
+    assert len(forward) == len(backward) > 0 and {op.path.rpartition("/")[2] for op in found.ops} == {"attention"}
+    product = 2 * 4 * 64 * 64 * 256  # heads times depth is the width
+    assert {op.flops for op in forward} == {2 * product} and {op.flops for op in backward} == {5 * product}
+    full = job("float32", door)
+    ops = mpjax.audit(full.step().pure, full.state(jax.random.key(0)), full.batches(0)).select("attention").ops
+    assert {(op.kernel, op.label) for op in ops} == {("unfused", "float32")}
+
+
+@both_doors
+def test_a_users_attention_fn_that_insists_on_cudnn_trains(door):
+    linen = nn.MultiHeadDotProductAttention(4, attention_fn=cudnn_only)
+    module = linen if door == "linen" else lambda rngs: nnx.MultiHeadAttention(
+        4, 256, attention_fn=cudnn_only, decode=False, rngs=rngs
+    )  # fmt: skip
+    x = jax.random.normal(jax.random.key(0), (2, 64, 256))
+    model = mpjax.wrap(module, "mixed_bfloat16")
+
+    def loss_fn(params, mstate, batch, rng):
+        out, mstate = model.apply(params, mstate, batch, rng=rng)
+        return jnp.square(out - 1).mean(), mpjax.Aux(mstate)
+
+    optimizer = optax.adam(1e-2)
+    state = mpjax.TrainState.create(model, optimizer, jax.random.key(0), x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype("float32")}
+    result = mpjax.fit(mpjax.make_train_step(loss_fn, optimizer), state, lambda attempt: x, attempts=10)
+    assert result.history[-1]["loss"] < 0.5 * result.history[0]["loss"]
 
 
 def test_the_doctor_finds_every_native_product_right():

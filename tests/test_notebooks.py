@@ -54,14 +54,14 @@ nbformat.write(notebook, target)
 """
 
 
-def execute(source: Path, home: Path):
+def execute(source: Path, home: Path, quick: dict[str, str]):
     """The committed notebook, run on one CPU device in a kernel of this interpreter; all that it writes lies in `home`."""
     # What conftest sets for the tests is not what a reader has.
     ours = ("XLA_FLAGS", "MPLBACKEND", "JUPYTER_PATH", "PYTHONWARNINGS")
     env = {name: value for name, value in os.environ.items() if name not in ours}
     places = ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR")
     env |= {name: str(home / name.lower()) for name in places}
-    env |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # a quarter quicker here; prose and prints are those of any level
+    env |= quick  # prose and prints are those of any level
     env |= {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "JAX_PLATFORMS": "cpu", "TMPDIR": str(home)}
     done = home / "done.ipynb"
     command = [sys.executable, "-c", EXECUTE, str(source.with_suffix(".ipynb")), str(done), str(home)]
@@ -133,9 +133,9 @@ STORIES = {
 
 @pytest.mark.slow
 @each
-def test_it_runs_and_bears_out_its_prose(source, tmp_path):
+def test_it_runs_and_bears_out_its_prose(source, tmp_path, quick_environment):
     """One run for all that is asked of it: it is the dear part."""
-    notebook = execute(source, tmp_path)
+    notebook = execute(source, tmp_path, quick_environment)
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
     assert printed(notebook, "stderr") == ""
     assert ends_in_a_picture(notebook)

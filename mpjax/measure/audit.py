@@ -12,12 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpjax.core.dtypes import canonical
-from mpjax.measure.flops import PRODUCTS, product_flops, terms
+from mpjax.core.scopes import unfused_attention_in
+from mpjax.measure.flops import FUSED_ATTENTION, PRODUCTS, product_flops, terms
 from mpjax.measure.jaxprs import trace
 from mpjax.measure.program import Node, nbytes_of
 
+FUSED, UNFUSED = "fused (cuDNN)", "unfused"
+
 KINDS = {
     **PRODUCTS,
+    **dict.fromkeys(FUSED_ATTENTION, "attention"),
     **dict.fromkeys(("exp", "exp2", "expm1", "pow"), "exp"),
     **dict.fromkeys(("log", "log1p"), "log"),
     **dict.fromkeys(("rsqrt", "sqrt", "cbrt"), "rsqrt"),
@@ -34,18 +38,20 @@ class Op:
     """One primitive of the program, as it stands in the jaxpr.
 
     Args:
-      kind: one of dot, conv, exp, log, rsqrt, activation, reduce, cast.
-      primitive: jax's name.
-      operands: dtypes of its array operands, in order (of a product: both factors; else the first).
+      kind: one of dot, conv, attention, exp, log, rsqrt, activation, reduce, cast.
+      primitive: jax's name; `attention` for mpjax's own, which is no primitive: its products and its exp are listed too.
+      operands: dtypes of its array operands, in order (of a product: both factors; of an attention: query, key and value;
+        else the first).
       output: dtype of its result.
       path: canonical path of the module that runs it, "" for the root and outside of any module. Layers that share one
         trace (`nn.jit`) stand at the path of the first.
-      flops: multiply-adds counted as two, for one execution; 0 for what is not a product.
+      flops: multiply-adds counted as two, for one execution; 0 for what is not a product or a fused attention.
       times: how often it runs: the lengths of the scans around it, times the devices of a shard_map or the grid of a
         Pallas kernel. 0 in those branches of a cond that are not the dearest.
       in_while: whether a while loop is around it, whose trips no jaxpr tells: it counts as one.
       bytes: what one execution reads and writes if nothing is fused: all operands and the result.
       terms: how many numbers one number of its result is made of, by a reduction; 1 for what is none.
+      kernel: of an attention, `fused (cuDNN)` or `unfused`; "" for any other.
     """
 
     kind: str
@@ -58,6 +64,7 @@ class Op:
     in_while: bool = False
     bytes: int = 0
     terms: int = 1
+    kernel: str = ""
 
     @property
     def label(self) -> str:
@@ -67,7 +74,8 @@ class Op:
         return "×".join(sorted(set(self.operands)))
 
     def __str__(self) -> str:
-        return f"{self.primitive}({', '.join(self.operands)}) -> {self.output} at {self.path or '·'}"
+        kernel = f", {self.kernel}" if self.kernel else ""
+        return f"{self.primitive}({', '.join(self.operands)}) -> {self.output} at {self.path or '·'}{kernel}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,11 +130,13 @@ class Audit:
         total = sum(self.flops_by_dtype().values())
         lines = [f"{'kind':<12}{'dtype':<26}{'ops':>6}{'bytes':>11}{'FLOPs':>11}{'share':>9}"]
         for kind in dict.fromkeys(KINDS.values()):
-            flops, moved = self.select(kind).flops_by_dtype(), self.bytes_by_dtype(kind)
-            for label, n in sorted(self.dtypes(kind).items()):
-                done = flops.get(label)
-                line = f"{kind:<12}{label:<26}{n:>6}{moved[label]:>11.3g}"
-                lines.append(line + (f"{done:>11.3g}{done / total:>9.1%}" if done else ""))
+            for kernel in ("", FUSED, UNFUSED):
+                found = Audit(tuple(op for op in self.ops if (op.kind, op.kernel) == (kind, kernel)))
+                flops, moved = found.flops_by_dtype(), found.bytes_by_dtype(kind)
+                for label, n in sorted(found.dtypes(kind).items()):
+                    done = flops.get(label)
+                    line = f"{kind:<12}{' '.join(filter(None, [label, kernel])):<26}{n:>6}{moved[label]:>11.3g}"
+                    lines.append(line + (f"{done:>11.3g}{done / total:>9.1%}" if done else ""))
         if any(op.in_while for op in self.ops):
             lines.append("the bodies of while loops are counted once: how often they run is not known before")
         return "\n".join(lines)
@@ -138,8 +148,9 @@ def audit(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Audit:
     The function is traced, not run and not changed. Jaxprs inside jit, scan, while, cond, remat, custom derivatives and
     shard_map are read too: a scan's body counts its length, the dearest branch of a cond counts (all are listed), a
     while loop's body counts once. What XLA makes of the program later is not seen (its fusions, what it drops because
-    nothing uses it, a float32 product on tensor cores in TF32), nor the inside of a foreign kernel such as cuDNN's
-    attention.
+    nothing uses it, a float32 product on tensor cores in TF32), nor the inside of a foreign kernel. cuDNN's attention is
+    one: it stands there as an op of kind `attention`, which says that it is fused, and its products are counted. So does
+    mpjax's own attention where it is not fused.
 
     Args:
       fn: any function that jax can trace; for the backward pass give `jax.grad(loss)`.
@@ -154,14 +165,24 @@ def audit(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Audit:
     >>> found.flops_by_dtype(), found.dtypes("exp"), found.share("bfloat16")
     ({'bfloat16': 48}, {'bfloat16': 1}, 1.0)
     """
-    return Audit(tuple(op for node in trace(fn, *args, **kwargs).nodes if (op := _op(node)) is not None))
+    return Audit(tuple(op for node in trace(fn, *args, **kwargs).nodes for op in (_attention(node), _op(node)) if op))
+
+
+def _attention(node: Node) -> Op | None:
+    """mpjax's own attention, once for each softmax that it takes: the one exp that stands in its scope."""
+    compute = unfused_attention_in(node.scope) if node.name == "exp" else None
+    if compute is None:
+        return None
+    return Op(
+        "attention", "attention", (compute,) * 3, compute, node.path, 0, node.times, node.in_while, kernel=UNFUSED
+    )
 
 
 def _op(node: Node) -> Op | None:
     kind = KINDS.get(node.name)
     if kind is None or (kind == "cast" and _is_no_rounding(node)):
         return None
-    factors = node.inputs[:2] if kind in ("dot", "conv") else node.inputs[:1]
+    factors = node.inputs[: {"dot": 2, "conv": 2, "attention": 3}.get(kind, 1)]
     return Op(
         kind=kind,
         primitive=node.name,
@@ -173,6 +194,7 @@ def _op(node: Node) -> Op | None:
         in_while=node.in_while,
         bytes=sum(nbytes_of(value) for value in (*node.inputs, *node.outputs)),
         terms=terms(node.eqn),
+        kernel=FUSED if kind == "attention" else "",
     )
 
 

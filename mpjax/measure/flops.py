@@ -10,24 +10,33 @@ import numpy as np
 PRODUCTS = {"dot_general": "dot", "ragged_dot_general": "dot", "conv_general_dilated": "conv"}
 """The primitives that are matrix products, by the kind under which the auditor reports them."""
 
+FUSED_ATTENTION = {f"dot_product_attention_{way}": way[-3:] for way in ("fwd", "bwd", "fp8_fwd", "fp8_bwd")}
+FUSED_ATTENTION |= {f"{name}_wrapper": way for name, way in FUSED_ATTENTION.items()}
+"""The primitives by which jax calls cuDNN's attention, and the pass that each is: the auditor cannot look into them."""
+
 
 def product_flops(eqn: Any) -> int:
-    """FLOPs of one execution of a matrix product or convolution; 0 for any other equation.
+    """FLOPs of one execution of a matrix product, a convolution or a fused attention; 0 for any other equation.
 
         dot:        2 · batch · M · N · K
         ragged dot: the same, each row with the one group that it belongs to
         conv:       2 · batch · output channels · input channels per group · Π over axes (output position, tap) pairs
+        attention:  2 · batch · heads · queries · keys · (depth + value depth), its two products; backward
+                    2 · batch · heads · queries · keys · (3 · depth + 2 · value depth), its four and the scores once more
 
     Only the pairs whose tap meets an element of the input are counted: neither padding nor the zeros that a dilated
     input is spread with. So a convolution costs as much as each of its two gradients, strided or not, a gradient step
     three times its forward pass, and one without padding the textbook's 2 · outputs · taps · input channels per group.
-    XLA's own cost analysis counts the same way.
+    XLA's own cost analysis counts the same way. Of attention all pairs of query and key count, as they do where it is
+    not fused; under a causal mask the kernel leaves out about half.
 
     >>> import jax, jax.numpy as jnp
     >>> product_flops(jax.make_jaxpr(jnp.matmul)(jnp.ones((2, 3)), jnp.ones((3, 4))).eqns[0])
     48
     """
     name = eqn.primitive.name
+    if name in FUSED_ATTENTION:
+        return _attention_flops(eqn)
     if name not in PRODUCTS:
         return 0
     lhs, rhs = (v.aval.shape for v in eqn.invars[:2])
@@ -53,6 +62,14 @@ def product_flops(eqn: Any) -> int:
             before=eqn.params["padding"][axis][0],
         )
     return flops
+
+
+def _attention_flops(eqn: Any) -> int:
+    query, key, value = (v.aval.shape for v in eqn.invars[:3])
+    heads, length = (1, 2) if eqn.params["layout"] == 1 else (2, 1)  # BNTH or BTNH
+    pairs = query[0] * query[heads] * query[length] * key[length]
+    depths = query[-1] + value[-1] if FUSED_ATTENTION[eqn.primitive.name] == "fwd" else 3 * query[-1] + 2 * value[-1]
+    return 2 * pairs * depths
 
 
 def terms(eqn: Any) -> int:

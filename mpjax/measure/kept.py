@@ -37,7 +37,7 @@ class Kept:
 def kept_by(loss: Callable[..., Any], params: Params, *rest: Any) -> Kept:
     """Sort what the backward pass of `loss(params, *rest)`, differentiated in params, keeps of its forward pass.
 
-    A wrapped module runs under a name with an "@" (`core.scopes`), the root included: what has none is the loss
+    A wrapped module runs under a name with a "~" (`core.scopes`), the root included: what has none is the loss
     function's own. The function is traced abstractly, not run. The sum is that of `saved_residual_bytes`; XLA may keep
     less (it computes again), and frees each array when the backward pass has gone by.
 
@@ -71,7 +71,7 @@ def _roles(jaxpr: Any, weights: set[Any], scope: str) -> dict[Any, str]:
         here = f"{scope}/{eqn.source_info.name_stack}"
         used = [None if isinstance(v, jex.Literal) else v for v in eqn.invars]
         bodies = list(sub_jaxprs(eqn))
-        outside = "@" not in here and not any(map(_has_mark, bodies))
+        outside = "~" not in here and not any(map(_has_mark, bodies))
         if eqn.primitive.name in _STILL_A_WEIGHT and roles.get(used[0]) == "weight":
             made = ["weight"]
         else:

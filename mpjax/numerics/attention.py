@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from mpjax.core.cautions import PrecisionWarning
+from mpjax.core.scopes import attention_scope
 from mpjax.core.types import DTypeLike
 from mpjax.numerics.remat import ATTENTION
 
@@ -71,9 +74,12 @@ def attention(
 ) -> jax.Array:
     """Dot-product attention with both products in the compute dtype and the softmax in float32.
 
-    Takes the place of `dot_product_attention` in `flax.linen` and `flax.nnx`, and therefore has their parameter names: Linen
-    passes only the keywords that it finds in the signature. Without dropout and bias, on a GPU, in half precision, cuDNN's
-    fused kernel computes the same (see `fits_cudnn`).
+        out = softmax(q kᵀ / √depth + bias, where the mask is True) v, with dropout between the two
+
+    A wrapped model gets it in place of `dot_product_attention` of `flax.linen` and `flax.nnx`, and therefore it has their
+    parameter names: Linen passes only the keywords that it finds in the signature. In a module of your own, call it: a
+    policy cannot reach a function. Without dropout and bias, on a GPU, in half precision, cuDNN's fused kernel computes
+    the same (see `fits_cudnn`); `mpjax.audit` tells where it does.
 
     Args:
       query: `[batch..., queries, heads, depth]`.
@@ -96,7 +102,7 @@ def attention(
     Source: Vaswani et al., Attention Is All You Need (2017).
 
     >>> x = jnp.ones((1, 3, 2, 4), jnp.bfloat16)
-    >>> attention(x, x, x).dtype
+    >>> attention(x, x, x, is_causal=True).dtype
     dtype(bfloat16)
     """
     compute = query.dtype if dtype is None else jnp.dtype(dtype)
@@ -107,21 +113,39 @@ def attention(
     drops = not deterministic and dropout_rate > 0.0
     if not drops and bias is None and module is None and precision is None and fits_cudnn(query, key, value, mask):
         return checkpoint_name(_cudnn(query, key, value, mask, is_causal), ATTENTION)
-    if is_causal:
-        causal = _causal(query, key)
-        mask = causal if mask is None else mask & causal
-    scores = _scores(query, key, precision)
-    if bias is not None:
-        scores = scores.astype(jnp.float32) + bias.astype(jnp.float32)
-    weights = softmax_float32(scores, mask, compute)
-    if module is not None:
-        module.sow("intermediates", "attention_weights", weights)
-    if drops:
-        assert dropout_rng is not None, "dropout needs a key"
-        shape = (1,) * (key.ndim - 2) + weights.shape[-2:] if broadcast_dropout else weights.shape
-        keep = jax.random.bernoulli(dropout_rng, 1.0 - dropout_rate, shape).astype(compute)
-        weights = weights * jnp.broadcast_to(keep / jnp.asarray(1.0 - dropout_rate, compute), weights.shape)
-    return checkpoint_name(jnp.einsum("...hqk,...khd->...qhd", weights, value, precision=precision), ATTENTION)
+    with jax.named_scope(attention_scope(compute.name)):
+        if is_causal:
+            causal = _causal(query, key)
+            mask = causal if mask is None else mask & causal
+        scores = _scores(query, key, precision)
+        if bias is not None:
+            scores = scores.astype(jnp.float32) + bias.astype(jnp.float32)
+        weights = softmax_float32(scores, mask, compute)
+        if module is not None:
+            module.sow("intermediates", "attention_weights", weights)
+        if drops:
+            assert dropout_rng is not None, "dropout needs a key"
+            shape = (1,) * (key.ndim - 2) + weights.shape[-2:] if broadcast_dropout else weights.shape
+            keep = jax.random.bernoulli(dropout_rng, 1.0 - dropout_rate, shape).astype(compute)
+            weights = weights * jnp.broadcast_to(keep / jnp.asarray(1.0 - dropout_rate, compute), weights.shape)
+        return checkpoint_name(jnp.einsum("...hqk,...khd->...qhd", weights, value, precision=precision), ATTENTION)
+
+
+def warn_of_float16_on_cpu(attention_fn: Any, compute: np.dtype) -> None:
+    """A caution where a user's layer has jax's attention for its own, which does not compile in float16 on a CPU.
+
+    It is no error: only under jit does it raise, and what is traced here may run on a GPU.
+    """
+    while isinstance(attention_fn, functools.partial):
+        attention_fn = attention_fn.func
+    if attention_fn is jax.nn.dot_product_attention and compute == np.float16 and jax.default_backend() == "cpu":
+        warnings.warn(
+            "got attention_fn=jax.nn.dot_product_attention in float16 on a CPU, for which jax asks XLA for a product that it "
+            "does not have there (jitted, it raises 'F16_F16_F32 is not supported'); legal are bfloat16 and a GPU; leave "
+            "attention_fn out, or pass mpjax.attention, which runs",
+            PrecisionWarning,
+            stacklevel=2,
+        )
 
 
 def _scores(query: jax.Array, key: jax.Array, precision: Any = None) -> jax.Array:

@@ -34,7 +34,7 @@ def test_every_kind_is_reported_with_its_dtypes():
     half = {"bfloat16": 1}
     assert {kind: found.dtypes(kind) for kind in dict.fromkeys(KINDS.values())} == {
         "dot": half, "conv": half, "exp": half, "log": half, "rsqrt": half, "activation": {"bfloat16": 3},
-        "reduce": {"float32": 1}, "cast": {"float32→bfloat16": 1, "bfloat16→float32": 1},
+        "attention": {}, "reduce": {"float32": 1}, "cast": {"float32→bfloat16": 1, "bfloat16→float32": 1},
     }  # fmt: skip
     assert {op.primitive for op in found.select("activation").ops} == {"tanh", "logistic", "erf"}
 
@@ -275,6 +275,17 @@ class Net(nn.Module):
         return nn.Dense(4, name="head", dtype=self.dtype)(x)
 
 
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """jax traces cuDNN's attention here, by its own primitives; nothing could run it."""
+    from jax._src.cudnn import fused_attention_stablehlo as kernels
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(kernels, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(kernels, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(kernels, "is_cuda_compute_capability_equal", lambda capability: False)
+
+
 INPUT = jax.ShapeDtypeStruct((2, 5, 8), jnp.float32)
 TOKENS = 2 * 5
 PRODUCTS_OF_A_BLOCK = {
@@ -327,6 +338,57 @@ def test_flops_of_a_bare_module_stand_there_too(kind):
     found = audit(jax.grad(loss, argnums=(0, 1)), params, INPUT)
     assert by_path(found) == expected(kind, 3)
     assert found.share("bfloat16") == 1.0
+
+
+@pytest.mark.parametrize("kind", ["loop", "scan+remat"])
+def test_attention_that_is_not_fused_says_so(kind):
+    """Once for each softmax, which remat takes twice; its FLOPs are those of its products."""
+    model = mpjax.wrap(Net(kind), {"**/attention": "compute=float16"})
+    params, mstate = jax.eval_shape(model.init, jax.random.key(0), INPUT)
+    loss = lambda params, x: model.apply(params, mstate, x)[0].sum()  # noqa: E731
+    times = {"loop": [("layers/0", 1), ("layers/1", 1), ("layers/2", 1)], "scan+remat": [("layers", 3)]}[kind]
+    for fn, again in ((loss, 1), (jax.grad(loss), 2 if "remat" in kind else 1)):
+        ops = audit(fn, params, INPUT).select("attention").ops
+        assert [(op.path, op.times) for op in ops] == [(f"{path}/attention", n) for path, n in times] * again
+        assert {(op.kernel, op.label, op.output, op.flops) for op in ops} == {("unfused", "float16", "float16", 0)}
+    assert str(ops[0]).endswith(f"attention(float16, float16, float16) -> float16 at {times[0][0]}/attention, unfused")
+
+
+def test_attention_that_is_fused_says_so_and_its_flops_count(pretended_gpu):
+    """A causal layer and one of a boolean mask, on 64 tokens, 4 heads of 16, for 2 examples: by hand.
+
+    One product of queries and keys, or of weights and values, is 2 · 2 · 4 · 64 · 64 · 16; two forward, five backward.
+    """
+    product = 2 * 2 * 4 * 64 * 64 * 16
+    x = jax.ShapeDtypeStruct((2, 64, 4, 16), jnp.bfloat16)
+    mask = jax.ShapeDtypeStruct((1, 1, 64, 64), bool)
+
+    def loss(q, k, v, mask):
+        return mpjax.attention(mpjax.attention(q, k, v, is_causal=True), k, v, mask=mask).astype(jnp.float32).sum()
+
+    found = audit(loss, x, x, x, mask)
+    assert [op.flops for op in found.select("attention").ops] == [2 * product] * 2 and found.share("bfloat16") == 1
+    found = audit(jax.grad(loss, argnums=(0, 1, 2)), x, x, x, mask)
+    ops = found.select("attention").ops
+    assert [(op.primitive.split("_")[3], op.flops) for op in ops] == [
+        ("fwd", 2 * product), ("fwd", 2 * product), ("bwd", 5 * product), ("bwd", 5 * product),
+    ]  # fmt: skip
+    assert {(op.kernel, op.label, op.output) for op in ops} == {("fused (cuDNN)", "bfloat16", "bfloat16")}
+    assert found.dtypes("dot") == found.dtypes("exp") == {} and found.flops_by_dtype() == {"bfloat16": 14 * product}
+    line = "attention   bfloat16 fused (cuDNN)         4"
+    assert line in str(found) and f"{14 * product:>11.3g}   100.0%" in str(found)
+
+
+def test_a_table_tells_fused_from_unfused(pretended_gpu):
+    """Of one model: a short sequence, and one with a bias, take no fused kernel."""
+    long, short = (jax.ShapeDtypeStruct((1, n, 2, 64), jnp.float16) for n in (64, 10))
+
+    def both(long, short):
+        biased = mpjax.attention(long, long, long, bias=jnp.ones((1, 1, 64, 64)))
+        return mpjax.attention(long, long, long), mpjax.attention(short, short, short), biased
+
+    rows = [line.split() for line in str(audit(both, long, short)).splitlines() if line.startswith("attention")]
+    assert [row[1:4] for row in rows] == [["float16", "fused", "(cuDNN)"], ["float16", "unfused", "2"]]
 
 
 def test_ops_are_selected_by_kind_and_path():

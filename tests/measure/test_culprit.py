@@ -166,7 +166,9 @@ def _linen_paths(module, sample):
     return [path for path in dict.fromkeys(found) if path]
 
 
+@functools.cache
 def asked(name, place, direction):
+    """What is found, once for each of the 28 that the 40 draws name."""
     model, loss_fn, state, sample, _ = parts(name)
     with planted(place, direction):
         # A fresh function: jax would answer with the trace of an unplanted one.

@@ -31,7 +31,7 @@ def softmaxes(program: Program, compute_of: ComputeOf) -> Iterator[Finding]:
         if any(_normalises(program, total.outputs[0]) for total in sums):
             yield Finding(
                 place(node), "half softmax", f"a softmax whose exponentials are {dtype.name}",
-                "cast its input to float32 and its result back (mpjax.numerics.attention and mpjax.losses do)",
+                "cast its input to float32 and its result back (mpjax.attention and mpjax.losses do)",
             )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from mpjax.policy.resolution import Table, resolution_table
 from mpjax.policy.rules import PolicyMap
 from mpjax.wrap.arguments import call_arguments
 from mpjax.wrap.linen.calls import Interceptor
-from mpjax.wrap.linen.layers import init_in_full, takes_delayed
+from mpjax.wrap.linen.layers import in_full_if_it_runs, init_in_full, takes_delayed
 from mpjax.wrap.linen.sites import Sites, record
 from mpjax.wrap.reserved import apart, reserved
 
@@ -37,7 +37,7 @@ def wrap_linen(module: nn.Module, rules: PolicyMap, streams: tuple[str, ...]) ->
 
     def sites_of(key: Any, call: Callable[[], Any], params: Params = None) -> Sites:
         if key not in known:
-            found = record(call)
+            found = in_full_if_it_runs(lambda: record(call), rules)
             rules.check(dict.fromkeys(_module_paths(params)) | found.classes, frozenset(found.scanned))
             known[key] = found
         return known[key]
@@ -53,7 +53,7 @@ def wrap_linen(module: nn.Module, rules: PolicyMap, streams: tuple[str, ...]) ->
         key, run = init_call(rng, args, kwargs)
         sites = sites_of(key, run)
         with nn.intercept_methods(init_in_full(rules, sites.classes)):
-            variables = dict(run())
+            variables = dict(in_full_if_it_runs(run, rules))
         params = variables.pop("params", {})
         if delayed := [path for path, cls in sites.classes.items() if takes_delayed(rules, path, sites.classes, cls)]:
             variables[COLLECTION] = histories(delayed)

@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 
 from mpjax.core.tree import cast_floating
-from mpjax.numerics.attention import attention
+from mpjax.numerics.attention import attention, warn_of_float16_on_cpu
 from mpjax.numerics.delayed import DelayedDot
 from mpjax.numerics.dot import QuantizedDot
 from mpjax.policy.rules import PolicyMap
@@ -64,6 +64,7 @@ def fields_for(module: nn.Module, compute: np.dtype, dot: str | None = None) -> 
         fields["attention_fn"] = attention
     if dot is not None and isinstance(module, DENSE) and not _has_own_dot(module):
         fields["dot_general"] = DelayedDot(module_path(module)) if dot == "fp8_delayed" else QuantizedDot(dot)
+    warn_of_float16_on_cpu(getattr(module, "attention_fn", None), compute)
     return fields
 
 
@@ -105,6 +106,44 @@ def init_in_full(rules: PolicyMap, classes: dict[str, type]) -> Callable:
             return next_fun(*args, **kwargs)
         finally:
             vars(module)["param_dtype"] = before
+
+    return intercept
+
+
+def in_full_if_it_runs(run: Callable[[], Any], rules: PolicyMap) -> Any:
+    """`run` in float32, as initialisers and the first look at a module do; or, where that raises, as the policy computes.
+
+    Some code takes half precision only, cuDNN's attention for one. Then values travel between modules in the compute
+    dtypes; params are float32 all the same, and a module that runs in float32 is not touched: what it initialises from its
+    data (an attention's cache, a weight norm's scale) stays float32. If neither runs, the first error is the user's.
+    """
+    try:
+        return run()
+    except Exception as error:
+        try:
+            with nn.intercept_methods(_in_streams(rules)):
+                return run()
+        except Exception:
+            raise error from None
+
+
+def _in_streams(rules: PolicyMap) -> Callable:
+    """An interceptor that casts at the border of every module, and no params: its sites are found as they are called."""
+    classes: dict[str, type] = {}
+    streams: list[np.dtype] = []
+
+    def intercept(next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+        module = context.module
+        if module.scope is None or not hasattr(type(module), context.method_name):
+            return next_fun(*args, **kwargs)
+        path = module_path(module)
+        classes.setdefault(path, type(module))
+        streams.append(rules.resolve(path, classes).policy.compute_dtype)
+        try:
+            out = next_fun(*cast_floating(args, streams[-1]), **cast_floating(kwargs, streams[-1]))
+        finally:
+            own = streams.pop()
+        return cast_floating(out, streams[-1] if streams else own)
 
     return intercept
 

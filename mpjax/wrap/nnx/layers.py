@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mpjax.numerics.attention import attention
+from mpjax.numerics.attention import attention, warn_of_float16_on_cpu
 from mpjax.numerics.delayed import DelayedDot
 from mpjax.numerics.dot import QuantizedDot
 from mpjax.wrap.nnx.sites import Site
@@ -36,6 +36,7 @@ def attributes_for(module: nnx.Module, site: Site) -> dict[str, Any]:
         attributes["attention_fn"] = _attention
     if dot is not None and isinstance(module, DENSE) and not _has_own_dot(module):
         attributes["dot_general"] = DelayedDot(site.path) if dot == "fp8_delayed" else QuantizedDot(dot)
+    warn_of_float16_on_cpu(getattr(module, "attention_fn", None), compute)
     return attributes
 
 
