@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,8 +12,7 @@ from flax import linen as nn
 from experiments.bench import data
 from experiments.bench.program import Program
 from experiments.bench.rows import GPT as Work, Settings, Side
-from mpjax import Aux, TrainState, get_policy, losses, make_train_step, wrap
-from mpjax.numerics.attention import attention
+from mpjax import Aux, TrainState, attention, get_policy, losses, make_train_step, wrap
 
 
 class Attention(nn.Module):
@@ -37,12 +38,14 @@ class Block(nn.Module):
 
     heads: int
     fused: bool
+    recompute: bool
 
     @nn.compact
     def __call__(self, x_BxTxD):
         width = x_BxTxD.shape[-1]
+        gelu = jax.checkpoint(nn.gelu) if self.recompute else nn.gelu
         x_BxTxD = x_BxTxD + Attention(self.heads, self.fused, name="attention")(nn.LayerNorm(name="norm1")(x_BxTxD))
-        h_BxTxF = nn.gelu(nn.Dense(4 * width, name="up")(nn.LayerNorm(name="norm2")(x_BxTxD)))
+        h_BxTxF = gelu(nn.Dense(4 * width, name="up")(nn.LayerNorm(name="norm2")(x_BxTxD)))
         return x_BxTxD + nn.Dense(width, name="down")(h_BxTxF)
 
 
@@ -50,12 +53,14 @@ class GPT(nn.Module):
     """Logits of the next token. The layers are a Python loop: `nn.scan` over them cost 16 ms of 38 on an H100."""
 
     work: Work
+    recompute: bool = False
 
     def setup(self):
         init = nn.initializers.normal(0.02)
         self.embed = nn.Embed(self.work.vocabulary, self.work.width, embedding_init=init)
         self.positions = self.param("positions", init, (1, self.work.context, self.work.width))
-        self.layers = [Block(self.work.heads, self.work.fused_qkv) for _ in range(self.work.layers)]
+        block = functools.partial(Block, self.work.heads, self.work.fused_qkv, self.recompute)
+        self.layers = [block() for _ in range(self.work.layers)]
         self.norm = nn.LayerNorm()
 
     def features(self, token_BxT):
@@ -71,7 +76,7 @@ class GPT(nn.Module):
 
 def build(work: Work, side: Side, settings: Settings) -> Program:
     """GPT-2's recipe (AdamW, decay on every param) under a policy."""
-    model = wrap(GPT(work), side.policy)
+    model = wrap(GPT(work, side.recompute), side.policy)
     half = get_policy(side.policy).compute_dtype
 
     def plain(params, mstate, token_BxT1, rng):
@@ -82,7 +87,13 @@ def build(work: Work, side: Side, settings: Settings) -> Program:
         hidden_BxTxD, mstate = model.apply(params, mstate, token_BxT1[:, :-1], rng=rng, method="features")
         table_VxD = params["embed"]["embedding"]
         pair = losses.linear_softmax_cross_entropy(
-            hidden_BxTxD, table_VxD, token_BxT1[:, 1:], transposed=True, compute_dtype=half
+            hidden_BxTxD,
+            table_VxD,
+            token_BxT1[:, 1:],
+            transposed=True,
+            chunk=4096,
+            compute_dtype=half,
+            logits_dtype=half,  # as the head of the wrapped model rounds them
         )
         return pair, Aux(mstate)
 

@@ -33,6 +33,7 @@ def linear_softmax_cross_entropy(
     z_loss: float = 0.0,
     chunk: int = 2048,
     compute_dtype: DTypeLike | None = None,
+    logits_dtype: DTypeLike | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Weighted sum of `softmax_cross_entropy(hidden @ kernel + bias, labels)`, and the sum of weights.
 
@@ -41,9 +42,10 @@ def linear_softmax_cross_entropy(
                                    and, only where a gradient is asked for, g = ∂total/∂logits in the compute dtype:
                                    ∂hidden = g · kernelᵀ,  ∂kernel += hiddenᵀ · g,  ∂bias += Σ g
 
-    At most `chunk` rows of logits exist at a time, in float32: here they are never rounded to a half format, which the
-    head of a wrapped model does. All three products have operands in the compute dtype and float32 sums; `∂kernel` and
-    `∂bias` are float32 until the last chunk. Between the passes `∂hidden` lies in the compute dtype, each row times a
+    At most `chunk` rows of logits exist at a time, in float32: here they are not rounded to a half format, which the
+    head of a wrapped model does, unless `logits_dtype` says so: then no float32 logit is written to memory, and what is
+    computed from each is float32 all the same. All three products have operands in the compute dtype and float32 sums;
+    `∂kernel` and `∂bias` are float32 until the last chunk. Between the passes `∂hidden` lies in the compute dtype, each row times a
     power of two of its own, and `g` is formed at a power of two that fits the weights: float16 loses no small gradient
     here, whatever the loss scale, and what does not fit in the end is inf, as it should be.
 
@@ -65,6 +67,8 @@ def linear_softmax_cross_entropy(
       chunk: tokens at a time; a smaller one takes less memory and makes smaller products.
       compute_dtype: of the products; hidden's by default. Name it where a policy hands hidden out in float32, as
         `mixed_bfloat16` does.
+      logits_dtype: in which a chunk's logits are stored; float32 by default. In bfloat16 the passes over them move half
+        the bytes, and the loss is that of the head of a model under `mixed_bfloat16`.
 
     Returns:
       `(Σ weight · loss, Σ weight)`, float32 scalars (float64 for float64 products); their quotient is the mean. Gradients
@@ -94,8 +98,11 @@ def linear_softmax_cross_entropy(
     wide = wide_dtype(hidden)
     weights = checked_weights(weights, labels.shape)
     weights = jnp.ones(labels.shape, wide) if weights is None else weights.astype(wide)
+    stored = wide if logits_dtype is None else jnp.dtype(logits_dtype)
+    if not jnp.issubdtype(stored, jnp.floating) or stored.itemsize < 2:
+        raise ValueError(f"logits_dtype is {stored}; legal is a float dtype of 16 bits or more, or None for float32")
     bias_dtype = None if bias is None else bias.dtype
-    plan = _Plan(chunk, transposed, float(label_smoothing), float(z_loss), kernel.dtype, bias_dtype)
+    plan = _Plan(chunk, transposed, float(label_smoothing), float(z_loss), kernel.dtype, bias_dtype, stored)
     # The gradient by a logit is at most its token's weight, or 2 z |log Σ exp| times that. With the largest weight at
     # 2⁸ float16 has room for seven bits of a z-loss below 65504, and a probability of 2⁻²² is still a normal number.
     scale = _scale_to(2.0**8, jnp.abs(weights).max(initial=0))
@@ -137,6 +144,7 @@ class _Plan(NamedTuple):
     z_loss: float
     kernel_dtype: np.dtype
     bias_dtype: np.dtype | None
+    logits_dtype: np.dtype
 
 
 class _Chunk(NamedTuple):
@@ -179,9 +187,9 @@ def _together(x: jax.Array, tokens: int) -> jax.Array:
     return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:tokens]
 
 
-def _product(x: jax.Array, y: jax.Array, over: tuple[int, int]) -> jax.Array:
+def _product(x: jax.Array, y: jax.Array, over: tuple[int, int], stored: np.dtype | None = None) -> jax.Array:
     contracted = (((over[0],), (over[1],)), ((), ()))
-    return jax.lax.dot_general(x, y, contracted, preferred_element_type=wide_dtype(x))
+    return jax.lax.dot_general(x, y, contracted, preferred_element_type=stored or wide_dtype(x))
 
 
 def _scale_to(target: float, most: jax.Array) -> jax.Array:
@@ -199,7 +207,9 @@ def _scale_to(target: float, most: jax.Array) -> jax.Array:
 
 
 def _logits(plan: _Plan, hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
-    logits = _product(hidden, kernel, (1, 1 if plan.transposed else 0))
+    """In float32, of what was stored in `logits_dtype`."""
+    logits = _product(hidden, kernel, (1, 1 if plan.transposed else 0), plan.logits_dtype)
+    logits = logits.astype(wide_dtype(hidden))
     return logits if bias is None else logits + bias.astype(logits.dtype)[None]
 
 
