@@ -63,6 +63,29 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
     return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all() if leaves else jnp.array(True)
 
 
+_SMALL = 2**16
+
+
+def bundled(tree: PyTree) -> list[Any]:
+    """The leaves, but small vectors of one dtype (biases, the scales of norms) joined to one, for reductions over them all.
+
+    A GPU takes longer to start a reduction than to read 2^16 numbers, and each leaf takes two: the norm of the gradients of
+    GPT-2's 148 leaves, and whether its new params are finite, were 248 launches a step. On one device only: GSPMD moved
+    rows of a batch between devices for a gradient that was to be joined to others.
+
+    >>> [x.shape for x in bundled([np.zeros(2), np.zeros((2, 2)), np.ones(3)])]
+    [(2, 2), (5,)]
+    """
+    small: dict[Any, list[Any]] = {}
+    rest = []
+    for x in jax.tree.leaves(tree):
+        if jnp.ndim(x) == 1 and jnp.size(x) <= _SMALL:
+            small.setdefault(jnp.result_type(x), []).append(x)
+        else:
+            rest.append(x)
+    return rest + [jnp.concatenate(some) if len(some) > 1 else some[0] for some in small.values()]
+
+
 def _is_inexact(x: Any) -> bool:
     return isinstance(x, (float, complex)) or (hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact))
 

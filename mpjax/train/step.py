@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from mpjax.core.dtypes import canonical, wide
 from mpjax.core.model import SINKS
-from mpjax.core.tree import all_finite, path_of, select_tree
+from mpjax.core.tree import all_finite, bundled, path_of, select_tree
 from mpjax.core.types import Batch, DTypeLike, Metrics, MState, Params
 from mpjax.numerics.delayed import advanced, with_sinks
 from mpjax.numerics.loss_scale import DynamicLossScale
@@ -133,6 +133,8 @@ class TrainStep:
     mesh: Mesh | None = None
     axis: Axis = "data"
     reduce_apart: bool = False
+    spread: bool = False
+    """The state lies on several devices."""
 
     def __post_init__(self) -> None:
         # Not a cached property: bound once, so that every call goes straight to jax's own dispatch.
@@ -156,7 +158,7 @@ class TrainStep:
         if placement not in known:
             shardings = jax.tree.unflatten(structure, placement[1:])
             loss_fn = over_gathered_params(self.loss_fn, shardings.params, self.axis)
-            here = self if self.reduce_apart else dataclasses.replace(self, loss_fn=loss_fn)
+            here = dataclasses.replace(self, spread=True, loss_fn=self.loss_fn if self.reduce_apart else loss_fn)
             known[placement] = self._jit(here.pure, out_shardings=(shardings, None))
         return known[placement]
 
@@ -187,7 +189,8 @@ class TrainStep:
         trained, frozen = split_trainable(state.params, state.trainable)
         found = self.gathered(state, batch)
         new, norm = self.candidate(state, found)
-        finite = jnp.isfinite(norm) & jnp.isfinite(found.loss) & found.mstate_finite & all_finite(new.params)
+        params = new.params if self.spread else bundled(new.params)
+        finite = jnp.isfinite(norm) & jnp.isfinite(found.loss) & found.mstate_finite & all_finite(params)
         weightless = jnp.array(False) if found.weight is None else found.weight == 0
         if self.skip == "off":
             kept, skipped = new, jnp.zeros((), jnp.int32)
@@ -228,7 +231,7 @@ class TrainStep:
     def candidate(self, state: TrainState, found: Gathered) -> tuple[Changed, jax.Array]:
         """The second half: what a good step would store, of the trained params, and the norm of the unscaled gradients."""
         grads = state.loss_scale.unscale(found.grads)
-        norm = optax.tree.norm(grads)
+        norm = optax.tree.norm(grads if self.spread else bundled(grads))
         trained, _ = split_trainable(state.params, state.trainable)
         return self._update(state, trained, found, self._clip(grads, norm)), norm
 
