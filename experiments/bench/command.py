@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def main(config: Config) -> int:
     record: dict[str, Any] = {
         "row": config.row, "work": dataclasses.asdict(work), "flops": flops.step_flops(work),
         "items": work.items, "unit": work.unit, "settings": dataclasses.asdict(config.settings),
-        "date": datetime.datetime.now().isoformat(timespec="seconds"), "command": sys.argv,
+        "date": datetime.datetime.now().isoformat(timespec="seconds"), "command": _command(sys.argv[1:]),
         "variables": {name: value for name, value in os.environ.items() if _told(name)},
         "described": {name: dataclasses.asdict(side) for name, side in ROWS[config.row].sides.items()},
         "products": {}, "sides": {}, "pairs": {}, "imports": {},
@@ -117,6 +118,12 @@ def show(record: dict[str, Any], folder: Path) -> None:
         console.print(policy_table(table.kernel_rows(found), title=f"{name}: {found['ms']:.2f} ms a step in kernels"))
     for note in table.notes(record):
         console.print(note, markup=False)
+
+
+def _command(args: list[str]) -> str:
+    """What was typed, without the folder, which is nobody else's affair."""
+    shown = ["FOLDER" if before == "--out" else arg for before, arg in zip(["", *args], args, strict=False)]
+    return shlex.join(["python", "-m", "experiments.bench", *shown])
 
 
 def run(args: list[str]) -> int:

@@ -106,10 +106,15 @@ def profiles(record: Record) -> dict[str, Record]:
 def kernel_rows(found: Record) -> list[dict[str, Any]]:
     """Of a profiled side, a row for each kind of kernel that takes at least half a percent."""
     return [
-        {"kernels": kind["kind"], "ms a step": kind["ms"], "share": kind["share"], "launches": kind["launches"]}
+        {"kernels": _short(kind["kind"]), "ms a step": kind["ms"], "share": kind["share"], "launches": kind["launches"]}
         for kind in found["kinds"]
         if kind["share"] >= 0.005
     ]
+
+
+def _short(name: str) -> str:
+    """A kernel's name without its template arguments, which may take a page."""
+    return name if len(name) <= 60 else name[:57] + "…"
 
 
 def markdown(record: Record) -> str:
