@@ -60,7 +60,7 @@ class PolicyMap:
                          (or a module inside it); else float32 if it is an island; else the default
 
     A `dot=` recipe holds for the dense layers below its rule, but for modules with the name of a head or an embedding
-    (`KEEPS_DTYPE`) and all in them, unless a rule names their class or spells out their path.
+    (`KEEPS_DTYPE`) and all in them, unless a rule names their class or spells out their path, or that of a module in them.
 
     Args:
       rules: from pattern to policy. A pattern is a glob over canonical paths (`"head"`, `"layers/*/attention"`,
@@ -148,9 +148,11 @@ class PolicyMap:
         found = self.resolve(path, sites)
         if found.policy.dot is None or found.source == "island":
             return None
-        kept = keeping_dtype(path)
-        meant = all(_means_inside(found.rule.pattern, above, sites.get(above)) for above in kept)
-        return found.policy.dot if meant else None
+        pattern, kept, above = found.rule.pattern, keeping_dtype(path), list(lineage(path))
+        if kept and isinstance(pattern, type) and names(pattern, "", sites.get("")):
+            return None  # a base of everything is a sweep
+        meant = [_means_inside(pattern, p, sites.get(p)) for p in above]
+        return found.policy.dot if all(any(meant[: above.index(p) + 1]) for p in kept) else None
 
     def check(self, sites: Sites, scanned: frozenset[str] = frozenset()) -> None:
         """Refuse a rule that can never act on this model.
