@@ -166,6 +166,19 @@ def test_value_and_gradients_are_those_of_the_rounded_operands(case, recipe, dty
     assert not np.array_equal(by_hand[0], unrounded[0])  # something was rounded
 
 
+def test_each_scale_uses_the_whole_range_of_its_format():
+    """A scale of twice what it should be moves only what is subnormal in float8: each row here is a number by itself."""
+    rows = np.zeros((40, 16))
+    rows[np.arange(40), np.arange(40) % 16] = 1.3 * 2.0 ** -np.arange(40)
+    x = g = jnp.asarray(rows, jnp.float32)
+    w = jnp.asarray(1.7 * np.eye(16) * 2.0 ** -np.arange(16), jnp.float32)
+    found = pulled(QuantizedDot("fp8"), PLAIN, x, w, g)
+    by_hand = products(PLAIN, x, w, g, rounded("fp8"))
+    for got, hand, (low, high) in zip(found[:2], by_hand[:2], [(15, 20), (28, 34)], strict=True):
+        assert exact(got).tolist() == hand.tolist()  # one summand each, and powers of two: nothing else is rounded
+        assert low <= hand.any(1).sum() <= high  # the rest is under float8's smallest
+
+
 @recipes
 def test_the_result_is_in_the_dtype_that_is_asked_for(recipe):
     x, w, g = operands("tokens", "bfloat16")
