@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,7 +57,11 @@ def operands(seed=0, scale=(1.0, 0.02, 1e-3)):
 
 def run(mstate, x, w, g, dot=None):
     """y, dx, dw and what came back for the sinks."""
-    dot = DelayedDot("up") if dot is None else dot
+    return compiled(DelayedDot("up") if dot is None else dot, mstate, x, w, g)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def compiled(dot, mstate, x, w, g):
 
     def fn(x, w, sinks):
         with scaled_by({**mstate, SINKS: sinks}):
@@ -212,9 +218,10 @@ def test_counts_add_up_over_rows(way):
 
     sinks = with_sinks(fresh())[SINKS]
     if way == "vmap":
-        found = jax.grad(lambda s: jax.vmap(loss, (None, 0))(s, rows).sum())(sinks)
+        found = jax.jit(jax.grad(lambda s: jax.vmap(loss, (None, 0))(s, rows).sum()))(sinks)
     else:
-        parts = [jax.grad(loss)(sinks, x) for x in rows]
+        gradient = jax.jit(jax.grad(loss))
+        parts = [gradient(sinks, x) for x in rows]
         found = jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *parts)
     e = field(x)
     assert seen(found) == [{e: 1, e + 1: 1, e - 3: 1}, {field(w): 3}, {field(g): 3}]
