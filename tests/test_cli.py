@@ -46,6 +46,14 @@ def test_policy_shows_three_dtypes_with_the_facts_of_each(capsys):
     assert "bfloat16" in rows["output"] and "0.00781" in rows["output"]
 
 
+def test_policy_shows_how_dense_layers_multiply(capsys):
+    assert main(["policy", "mixed_fp8"]) == 0
+    shown = capsys.readouterr().out
+    assert "p=full,c=bf16,o=full,dot=fp8" in shown and "dot: dense layers multiply in float8 with a scale" in shown
+    assert main(["policy", "mixed_bfloat16"]) == 0 and "dot" not in capsys.readouterr().out
+    assert main(["policy", "mixed_fp8", "--json"]) == 0 and json.loads(capsys.readouterr().out)["dot"] == "fp8"
+
+
 @pytest.mark.parametrize("text", ["bf17", "c=bf16,c=f16", "q=f32"])
 def test_a_policy_that_does_not_parse_is_told_on_stderr(text, capsys):
     assert main(["policy", text]) == 2

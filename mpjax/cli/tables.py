@@ -13,13 +13,14 @@ from mpjax.cli.target import Refused
 
 
 def policy(text: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TEXT")], as_json: Json = False) -> int:
-    """Show what a policy string means: its three dtypes, and what each can hold.
+    """Show what a policy string means: its three dtypes, what each can hold, and how dense layers multiply.
 
     Args:
-      text: a preset (mixed_bfloat16), a dtype (bf16) or key=dtype pairs (p=f32,c=bf16,o=f32).
+      text: a preset (mixed_bfloat16), a dtype (bf16) or key=dtype pairs (p=f32,c=bf16,o=f32,dot=fp8).
       as_json: print JSON instead.
     """
     from mpjax.core.dtypes import facts
+    from mpjax.policy.policy import DOTS
 
     try:
         found = mpjax.get_policy(text)
@@ -27,13 +28,17 @@ def policy(text: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TEX
         raise Refused(str(error)) from error
     roles = {role: facts(getattr(found, f"{role}_dtype")) for role in ("param", "compute", "output")}
     if as_json:
-        print_json({"policy": str(found), **{role: dataclasses.asdict(f) for role, f in roles.items()}})
+        print_json(
+            {"policy": str(found), "dot": found.dot, **{role: dataclasses.asdict(f) for role, f in roles.items()}}
+        )
         return 0
     rows = [
         (role, f.name, f.bits, f"{f.max:.6g}", f"{f.tiny:.3g}", f"{f.smallest_subnormal:.3g}", f"{f.eps:.3g}")
         for role, f in roles.items()
     ]
     show(str(found), ("", "dtype", "bits", "largest", "smallest normal", "smallest", "eps"), rows)
+    if found.dot is not None:
+        print(f"dot: dense layers multiply in {DOTS[found.dot]}; sums, and all else, as above")
     return 0
 
 

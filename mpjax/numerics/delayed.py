@@ -4,7 +4,7 @@ Current scaling reads a tensor twice: for its largest magnitude, and, that known
 before the tensor is there, so it is rounded where it is made; its magnitude is written down beside that, for later.
 
     state    for each dense layer, of x, w and g: the exponents of the largest magnitude in the last 16 steps
-    scale    from the largest of them; what has grown since beyond a factor of 1.75 saturates
+    scale    from the largest of them; what grows by less than a factor of 1.75 fits, what grows by 3.5 saturates
     leaves   the backward pass as the cotangent of a sink: a one at this step's exponent, for each of the three
 
 Exponents are counted rather than magnitudes compared, because cotangents of one sink add up: over the layers of a scan,
@@ -37,16 +37,19 @@ COLLECTION = "fp8_history"
 LEAF = "exponents"
 
 STEPS = 16
-"""How long a history remembers (Micikevicius et al., 2022, do not say; Transformer Engine's default is 1,024, Flax's 1,024)."""
+"""How long a history remembers. (By default 1,024 steps in Transformer Engine 2 and in Flax 0.12.)"""
 
 EXPONENTS = 256
 
 START = (130, 127, 127)
 """For the first step, which knows nothing yet, of x, w and g: stored exponents of magnitudes under 16, 2 and 2.
 
-e4m3 then holds x from 2^-14 to 28 and w from 2^-17 to 3.5, and e5m2 holds g from 2^-31 to 3.5: gradients of a mean loss are
+e4m3 then holds x from 2^-13 to 28 and w from 2^-16 to 3.5, and e5m2 holds g from 2^-30 to 3.5: gradients of a mean loss are
 small, and one that saturates is one step's.
 """
+
+LOWEST = 64
+"""Under 2^-62 no tensor is looked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +135,16 @@ def advanced(mstate: MState, sinks: Mapping[str, PyTree]) -> tuple[MState, Mappi
 
 
 def _moved(history: jax.Array, counts: jax.Array) -> jax.Array:
+    """The history of the next step.
+
+    What looked like zeros for as long as a history remembers may be zeros or too small for its scale: the next steps
+    begin 2^16 lower. (All of it forgotten, they would begin at 2^-126 and saturate for 40 steps.)
+    """
     seen = jnp.where(counts > 0, jnp.arange(EXPONENTS, dtype=jnp.float32)[None], jnp.zeros_like(counts)).max(-1)
-    return jnp.concatenate([seen[:, None], history[:, :-1]], axis=1)
+    kept = history[:, :-1]
+    unknown = (seen == 0) & (kept == 0).all(1)
+    lower = jnp.maximum(_expected(history) - STEPS, jnp.full_like(seen, LOWEST))
+    return jnp.concatenate([jnp.where(unknown, -lower, seen)[:, None], kept], axis=1)
 
 
 def _no_counts() -> jax.Array:
@@ -156,10 +167,14 @@ _running: contextvars.ContextVar[Mapping[str, tuple]] = contextvars.ContextVar("
 
 def _scales(history: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Of x, w and g: from the largest exponent that was seen, or that to begin with."""
-    seen = history.max(1)
-    expected = jnp.where(seen > 0, seen, -history.min(1)).astype(jnp.int32)
+    expected = _expected(history).astype(jnp.int32)
     x, w, g = (scale_for_exponent(expected[i], dtype) for i, dtype in enumerate((FORWARD, FORWARD, BACKWARD)))
     return x, w, g
+
+
+def _expected(history: jax.Array) -> jax.Array:
+    seen = history.max(1)
+    return jnp.where(seen > 0, seen, -history.min(1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -192,11 +207,11 @@ def _backward(numbers: Numbers, out: np.dtype, kept: tuple, cotangent: jax.Array
 def _seen(q: jax.Array, scale: jax.Array, dtype: np.dtype) -> jax.Array:
     """The stored exponent of a tensor's largest magnitude, read off its eight bits: half the bytes, and no second pass.
 
-    One that is saturated is taken for twice as large as it looks, or four times: so a scale follows what grows.
+    One that is saturated is taken for four times as large as it looks: so a scale follows what grows.
     """
     most = largest(jax.lax.optimization_barrier(q))  # or XLA writes x out to read it for this and for rounding
     saturated = most >= np.float32(facts(dtype).max)
-    return exponent(most * scale) + jnp.where(saturated, 2, 0)
+    return jnp.minimum(exponent(most * scale) + jnp.where(saturated, 2, 0), EXPONENTS - 1)
 
 
 _delayed_dot.defvjp(_forward, _backward)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -177,9 +178,15 @@ _int8_dot.defvjp(_int8_forward, _int8_backward)
 
 
 def _int8_product(lhs: jax.Array, rhs: jax.Array, numbers: Numbers, out: np.dtype) -> jax.Array:
-    """Each row over the contracted axes has a scale of its own, which the product of the others leaves alone."""
+    """Each row over the contracted axes has a scale of its own, which the product of the others leaves alone.
+
+    Over more than 133,152 summands, as many tokens in the gradient of the weights, fewer than 127 steps are used: 127² so
+    many times is more than an int32 holds, and it would wrap round in silence.
+    """
     (lhs_over, rhs_over), _ = numbers
-    (x, x_scale), (w, w_scale) = to_int8(lhs, lhs_over), to_int8(rhs, rhs_over)
+    summands = math.prod(lhs.shape[axis] for axis in lhs_over)
+    bound = min(127, max(1, math.isqrt((2**31 - 1) // max(summands, 1))))
+    (x, x_scale), (w, w_scale) = to_int8(lhs, lhs_over, bound), to_int8(rhs, rhs_over, bound)
     y = jax.lax.dot_general(x, w, numbers, preferred_element_type=jnp.int32).astype(jnp.float32)
     x_scale, w_scale = jnp.squeeze(x_scale, lhs_over), jnp.squeeze(w_scale, rhs_over)
     x_scale = x_scale.reshape(x_scale.shape + (1,) * w_scale.ndim)

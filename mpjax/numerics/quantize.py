@@ -27,7 +27,7 @@ def exponent(most: jax.Array) -> jax.Array:
     >>> exponent(jnp.float32([0.0, 1.0, 1.9, 2.0, jnp.inf])).tolist()
     [0, 127, 127, 128, 255]
     """
-    return jax.lax.bitcast_convert_type(most, jnp.int32) >> 23
+    return jax.lax.bitcast_convert_type(most, jnp.int32) >> 23 & 0xFF  # a NaN may have a sign
 
 
 def power_of_two(e: jax.Array) -> jax.Array:
@@ -43,8 +43,8 @@ def current_scale(most: jax.Array, dtype: np.dtype) -> jax.Array:
     """The smallest power of two by which a tensor is divided to fit a format: `most / scale <= max(dtype)`.
 
     A power of two, so that scaling rounds nothing, here and where the product is scaled back: the one rounding is the
-    one to eight bits. 1 for a tensor of zeros. Not finite where `most` is not: the product is then NaN as a whole, and a
-    train step skips it.
+    one to eight bits. 1 for a tensor of zeros, and no less than the smallest normal float32.
+    Not finite where `most` is not: the product is then NaN as a whole, and a train step skips it.
 
     >>> current_scale(jnp.float32([448.0, 449.0, 0.0]), jnp.dtype("float8_e4m3fn")).tolist()
     [1.0, 2.0, 1.0]
@@ -52,6 +52,7 @@ def current_scale(most: jax.Array, dtype: np.dtype) -> jax.Array:
     share = most / np.float32(facts(dtype).max)
     below = jax.lax.bitcast_convert_type(share, jnp.int32)
     up = jax.lax.bitcast_convert_type((below + 0x7FFFFF) & 0x7F800000, jnp.float32)  # to the next power of two
+    up = jnp.maximum(up, np.finfo(np.float32).tiny)  # a CPU takes a subnormal share for zero, and 0 · 1/0 is NaN
     sensible = jnp.where(most > 0, up, jnp.ones_like(up))
     return jnp.where(jnp.isfinite(most), sensible, jnp.full_like(up, jnp.nan))
 
@@ -80,8 +81,8 @@ def to_float8(x: jax.Array, scale: jax.Array, dtype: np.dtype) -> jax.Array:
     return jnp.where(jnp.isfinite(wide), scaled, jnp.full_like(scaled, jnp.nan)).astype(dtype)
 
 
-def to_int8(x: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
-    """`(q, scale)` with `x ~ q * scale`, symmetric, a scale for each row over `axes`; q in -127..127, scale float32.
+def to_int8(x: jax.Array, axes: Sequence[int], bound: int = 127) -> tuple[jax.Array, jax.Array]:
+    """`(q, scale)` with `x ~ q * scale`, symmetric, a scale for each row over `axes`; q in -bound..bound, scale float32.
 
     A row of zeros has scale 1; one that is not finite has scale NaN.
 
@@ -90,7 +91,7 @@ def to_int8(x: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
     ([[64, -127]], 2.0)
     """
     most = largest(x, axes)
-    scale = jnp.where(most > 0, most, jnp.full_like(most, 127)) / np.float32(127)
+    scale = jnp.where(most > 0, most, jnp.full_like(most, bound)) / np.float32(bound)
     scale = jnp.where(jnp.isfinite(most), scale, jnp.full_like(scale, jnp.nan))
     q = jnp.round(x.astype(jnp.float32) / scale)
-    return jnp.clip(q, -127, 127).astype(jnp.int8), scale
+    return jnp.clip(q, -bound, bound).astype(jnp.int8), scale

@@ -9,7 +9,7 @@ import numpy as np
 
 from mpjax.core.dtypes import short_name
 from mpjax.policy.patterns import Sites
-from mpjax.policy.rules import PolicyMap, is_dense
+from mpjax.policy.rules import PolicyMap, is_dense, keeping_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,8 @@ def resolution_table(
         notes = ["scanned stack"] * (path in scanned) + ["input kept"] * found.rule.keeps_input
         if found.policy.dot is not None and is_dense(cls):
             recipe = rules.dot_at(path, sites)
-            notes.append(f"dot={recipe}" if recipe else f"dot=none: {path.rpartition('/')[2]!r} is head or embedding")
+            kept = keeping_dtype(path)
+            notes.append(f"dot={recipe}" if recipe else f"dot=none: {kept[0]!r} is head or embedding")
         rounds = rounded_at(path) if found.rule.hands_back else None
         if rounds is not None and not rules.resolve(rounds, sites).rule.hands_back:
             notes.append(f"rounded at {rounds!r}: name it with output= too")

@@ -23,13 +23,17 @@ WRAPPERS = frozenset({"SpectralNorm", "WeightNorm"})
 """Islands that do not reach into the layer that they wrap: its weights are normalised in float32, its product is not run so."""
 
 KEEPS_DTYPE = frozenset(
-    {"head", "heads", "lm_head", "logits", "classifier", "unembed", "embed", "embedding", "embeddings", "wte", "wpe",
-     "patch_embed", "patch_embedding"}
+    {"head", "heads", "lm_head", "mlm_head", "logits", "to_logits", "logits_dense", "classifier", "score", "cls",
+     "qa_outputs", "unembed", "unembedding", "embed_out", "embed", "embedding", "embeddings", "embed_in",
+     "embed_tokens", "tok_embeddings", "wte", "wpe", "patch_embed", "patch_embedding", "patch_embeddings"}
 )  # fmt: skip
-"""Names of modules that multiply in the compute dtype under a `dot=` recipe: the first layer and the last lose most by it."""
+"""Names of modules that multiply in the compute dtype under a `dot=` recipe: the first layer and the last lose most by it.
+
+What Flax's and Hugging Face's models call them; not `output` and `decoder`, by which others mean a layer in the middle.
+"""
 
 DENSE = frozenset({"Dense", "DenseGeneral", "Linear", "LinearGeneral"})
-"""Names of module classes that a `dot=` recipe reaches: those with one of them in their MRO."""
+"""Names of Flax's module classes that a `dot=` recipe reaches: those with one of them in their MRO."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +60,7 @@ class PolicyMap:
                          (or a module inside it); else float32 if it is an island; else the default
 
     A `dot=` recipe holds for the dense layers below its rule, but for modules with the name of a head or an embedding
-    (`KEEPS_DTYPE`) and all in them, unless a rule names their class or spells out their path.
+    (`KEEPS_DTYPE`) and all in them, unless a rule names their class or spells out their path, or that of a module in them.
 
     Args:
       rules: from pattern to policy. A pattern is a glob over canonical paths (`"head"`, `"layers/*/attention"`,
@@ -144,9 +148,11 @@ class PolicyMap:
         found = self.resolve(path, sites)
         if found.policy.dot is None or found.source == "island":
             return None
-        kept = [above for above in lineage(path) if above.rpartition("/")[2] in KEEPS_DTYPE]
-        meant = all(_means_inside(found.rule.pattern, above, sites.get(above)) for above in kept)
-        return found.policy.dot if meant else None
+        pattern, kept, above = found.rule.pattern, keeping_dtype(path), list(lineage(path))
+        if kept and isinstance(pattern, type) and names(pattern, "", sites.get("")):
+            return None  # a base of everything is a sweep
+        meant = [_means_inside(pattern, p, sites.get(p)) for p in above]
+        return found.policy.dot if all(any(meant[: above.index(p) + 1]) for p in kept) else None
 
     def check(self, sites: Sites, scanned: frozenset[str] = frozenset()) -> None:
         """Refuse a rule that can never act on this model.
@@ -190,8 +196,19 @@ class Resolution:
 
 
 def is_dense(cls: Any) -> bool:
-    """Whether a `dot=` recipe reaches modules of this class."""
-    return isinstance(cls, type) and not DENSE.isdisjoint(base.__name__ for base in cls.__mro__)
+    """Whether a `dot=` recipe reaches modules of this class: one of Flax's, and not another that bears its name."""
+    return isinstance(cls, type) and any(
+        base.__name__ in DENSE and base.__module__.partition(".")[0] == "flax" for base in cls.__mro__
+    )
+
+
+def keeping_dtype(path: str) -> list[str]:
+    """The modules at and around `path` with the name of a head or an embedding, nearest first.
+
+    >>> keeping_dtype("embed/project")
+    ['embed']
+    """
+    return [above for above in lineage(path) if above.rpartition("/")[2] in KEEPS_DTYPE]
 
 
 def _means_island(pattern: Pattern, path: str, cls: Any, rules: PolicyMap) -> bool:

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 
 from mpjax.core.dtypes import NAMES, canonical
-from mpjax.policy.policy import PRESETS, Policy, cast_to_full, cast_to_half, computes_in, get_policy, parse_keys
+from mpjax.numerics.delayed import DelayedDot
+from mpjax.numerics.dot import QuantizedDot
+from mpjax.policy.policy import DOTS, PRESETS, Policy, cast_to_full, cast_to_half, computes_in, get_policy, parse_keys
 
 FORMATS = list(NAMES)
 
@@ -258,3 +260,71 @@ def test_what_computes_in_float16():
     assert computes_in(get_policy("mixed_float16"), "float16") and not computes_in(get_policy("p=f16,c=f32"), "float16")
     assert not computes_in(None, "float16")
     assert get_policy("c=f8_e4m3fn").compute_dtypes == {canonical("f8_e4m3fn")}
+
+
+# How dense layers multiply.
+
+
+@pytest.mark.parametrize(
+    ("text", "says", "dot"),
+    [
+        ("mixed_fp8", "p=full,c=bf16,o=full,dot=fp8", "fp8"),
+        ("c=bf16,dot=fp8_delayed", "p=full,c=bf16,o=bf16,dot=fp8_delayed", "fp8_delayed"),
+        (" dot = int8 , c = f16 ", "p=full,c=f16,o=f16,dot=int8", "int8"),
+        ("dot=fp8", "p=full,c=full,o=full,dot=fp8", "fp8"),
+        ("c=bf16,dot=none", "p=full,c=bf16,o=bf16", None),
+        ("mixed_bfloat16", "p=full,c=bf16,o=full", None),
+    ],
+)
+def test_a_policy_may_name_a_recipe_for_products(text, says, dot):
+    policy = get_policy(text)
+    assert (str(policy), policy.dot) == (says, dot)
+    assert get_policy(str(policy)) == policy and hash(get_policy(str(policy))) == hash(policy)
+    assert pickle.loads(pickle.dumps(policy)) == copy.deepcopy(policy) == policy
+    assert policy.with_output_dtype(jnp.float16).dot == dataclasses.replace(policy).dot == dot
+
+
+def test_str_round_trips_with_every_recipe():
+    for dot, compute in itertools.product([None, *DOTS], FORMATS):
+        policy = Policy("f32", compute, "f32", dot)
+        assert get_policy(str(policy)) == policy
+    policies = [Policy("f32", "bf16", "f32", dot) for dot in (None, *DOTS)]
+    assert len(set(policies)) == len({str(p) for p in policies}) == 4 and policies[0] == get_policy("mixed_bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("c=bf16,dot=fp4", r"got dot=fp4; legal are fp8, fp8_delayed, int8, none"),
+        ("dot=", r"got dot=; legal are fp8"),
+        ("dot=FP8", r"got dot=FP8; legal are"),
+        (
+            "dot=fp8,dot=int8",
+            r"key 'dot' stands twice in 'dot=fp8,dot=int8'; give each of params, compute, output, dot once",
+        ),
+        ("dot=none, c=bf16, dot=none", r"key 'dot' stands twice"),
+        ("dots=fp8", r"Unknown key 'dots' in 'dots=fp8'; write key=dtype with the keys params, compute, output, dot"),
+        ("fp8", r"Unknown dtype 'fp8'; use one of .*mixed_fp8"),
+    ],
+)
+def test_fault_13_another_recipe_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        get_policy(text)
+    with pytest.raises(ValueError, match=r"got dot='none'; legal are fp8, fp8_delayed, int8, or none for the compute"):
+        Policy("f32", "bf16", "f32", "none")
+
+
+def test_a_policy_of_jmps_has_no_recipe():
+    assert Policy.of(jmp.get_policy("c=bf16")).dot is None
+    policy, same = get_policy("mixed_fp8"), get_policy("mixed_bfloat16")
+    tree = {"w": np.ones(2, np.float32)}
+    assert isinstance(policy, jmp.Policy) and policy.compute_dtypes == same.compute_dtypes
+    assert policy.cast_to_compute(tree)["w"].dtype == same.cast_to_compute(tree)["w"].dtype == jnp.bfloat16
+
+
+def test_the_recipes_of_policies_are_those_that_numerics_knows():
+    assert set(DOTS) == {"fp8_delayed"} | {name for name in DOTS if name != "fp8_delayed" and QuantizedDot(name)}
+    with pytest.raises(ValueError) as error:
+        QuantizedDot("none")
+    assert str(error.value).endswith("legal are " + ", ".join(name for name in DOTS if name != "fp8_delayed"))
+    assert DelayedDot("up").path == "up"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from flax import linen as nn, nnx
+
 from mpjax.core.dtypes import canonical
 from mpjax.policy.resolution import resolution_table
 from mpjax.policy.rules import PolicyMap
@@ -90,3 +92,14 @@ def test_the_text_is_aligned_and_leaves_out_empty_notes():
 def test_a_class_that_is_not_known():
     (row,) = resolution_table(PolicyMap(), {"": None}).rows
     assert (row.cls, row.compute) == ("?", canonical("bf16"))
+
+
+def test_how_a_dense_layer_multiplies_is_noted():
+    sites = {"": Model, "embed": Model, "embed/project": nn.Dense, "norm": nn.LayerNorm, "up": nn.Dense, "own": Dense,
+             "down": nnx.Linear, "head": nn.DenseGeneral}  # fmt: skip
+    table = resolution_table(PolicyMap({"down": "dot=none"}, default="mixed_fp8"), sites)
+    assert {row.path: row.note for row in table.rows} == {
+        "": "", "embed": "", "embed/project": "dot=none: 'embed' is head or embedding", "norm": "", "up": "dot=fp8",
+        "own": "", "down": "", "head": "dot=none: 'head' is head or embedding",
+    }  # fmt: skip
+    assert not any(row.note for row in resolution_table(PolicyMap(), sites).rows)

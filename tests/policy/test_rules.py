@@ -7,10 +7,11 @@ import jaxtyping
 import jmp
 import numpy as np
 import pytest
+from flax import linen as nn, nnx
 
 from mpjax.core.dtypes import canonical
 from mpjax.policy.policy import Policy, get_policy
-from mpjax.policy.rules import ISLANDS, PolicyMap
+from mpjax.policy.rules import ISLANDS, PolicyMap, is_dense
 
 
 class Module: ...
@@ -404,3 +405,78 @@ def test_a_path_that_only_the_params_know_has_no_class():
     sites = {"": None, "head": None}
     PolicyMap({"head": "f16"}).check(sites)
     assert computing(PolicyMap({"head": "f16"}), "f16", sites) == {"head"}
+
+
+# How dense layers multiply.
+
+
+def dots(rules, paths=tuple(SITES), sites=SITES):
+    return {path: rules.dot_at(path, sites) for path in paths}
+
+
+def test_a_recipe_of_the_default_is_inherited_but_not_where_a_rule_names_the_dtype():
+    rules = PolicyMap(
+        {
+            "a": "output=f32",
+            "b": "compute=f32",
+            "c": "c=bf16,dot=int8",
+            "d": "dot=none",
+            "e": "bf16",
+            "f": "input=keep",
+        },
+        default="mixed_fp8",
+    )
+    found = dots(rules, ("a", "b", "c", "d", "e", "f", "g", "a/below", "d/below"), {})
+    assert found == {
+        "a": "fp8", "b": None, "c": "int8", "d": None, "e": None, "f": "fp8", "g": "fp8", "a/below": "fp8",
+        "d/below": None,
+    }  # fmt: skip
+    assert dots(PolicyMap({"a": "dot=fp8"}), ("a", "b"), {}) == {"a": "fp8", "b": None}
+
+
+def test_heads_embeddings_and_islands_do_not_take_it():
+    found = dots(PolicyMap(default="mixed_fp8"))
+    assert found["layers/0/attention/query"] == "fp8"
+    assert {path for path, dot in found.items() if dot is None} == {"embed", "head", *NORMS, "weight"}
+
+
+@pytest.mark.parametrize(
+    "name", ["lm_head", "wte", "score", "qa_outputs", "model/classifier", "cls/predictions", "heads/0"]
+)
+def test_heads_by_the_names_of_the_field(name):
+    rules = PolicyMap(default="mixed_fp8")
+    assert rules.dot_at(name, {}) is None and rules.dot_at(f"{name}/dense", {}) is None
+    assert rules.dot_at("header", {}) == rules.dot_at("layers/0/output", {}) == "fp8"
+
+
+def test_a_head_takes_it_where_its_class_or_exact_path_is_named():
+    for pattern in ("head", "**/head", Dense):
+        assert PolicyMap({pattern: "dot=fp8"}).dot_at("head", SITES) == "fp8"
+    for pattern in ("", "*", "**", "h*", "re:head", Module):
+        assert PolicyMap({pattern: "dot=fp8"}).dot_at("head", SITES) is None, pattern
+    sites = {"": Module, "embed": Module, "embed/project": Dense}
+    for pattern in ("embed", "embed/project", "**/project", Dense):
+        assert PolicyMap({pattern: "dot=fp8"}).dot_at("embed/project", sites) == "fp8"
+    for pattern in ("", "embed/*", "e*"):
+        assert PolicyMap({pattern: "dot=fp8"}).dot_at("embed/project", sites) is None, pattern
+    assert PolicyMap({"embed": "dot=fp8"}).dot_at("embed/head", sites) is None  # a head in there is not named yet
+
+
+def test_a_map_with_a_recipe_is_another_map():
+    one, two = PolicyMap(default="mixed_fp8"), PolicyMap(default="c=bf16,o=f32,dot=fp8")
+    assert (
+        one == two
+        and hash(one) == hash(two)
+        and one != PolicyMap()
+        and one.compute_dtypes == PolicyMap().compute_dtypes
+    )
+    assert PolicyMap({"a": "dot=fp8"}) != PolicyMap({"a": "dot=int8"})
+    with pytest.raises(ValueError, match=r"got dot=fp4; legal are fp8"):
+        PolicyMap({"a": "dot=fp4"})
+
+
+def test_only_flaxs_dense_layers_are_reached():
+    class Mine(nn.Dense): ...
+
+    assert all(map(is_dense, (nn.Dense, nn.DenseGeneral, nnx.Linear, nnx.LinearGeneral, Mine)))
+    assert not any(map(is_dense, (Dense, nn.Embed, nn.Conv, nnx.Embed, None, nn.Dense(3))))

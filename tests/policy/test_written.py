@@ -51,3 +51,15 @@ def test_a_class_stands_by_name_only_and_is_the_callers_to_give():
 def test_other_words_are_refused(words):
     with pytest.raises(ValueError, match="legal is what policy_to_words gives"):
         policy_from_words(words)
+
+
+@pytest.mark.parametrize("default", ["mixed_fp8", "mixed_bfloat16", "c=f16,dot=fp8_delayed"])
+def test_recipes_come_back(default):
+    rules = PolicyMap(
+        {"a": "dot=int8", "b": "dot=none", "c": "compute=f32", "d": "output=f32", "e": "bf16"}, default=default
+    )
+    words = json.loads(json.dumps(policy_to_words(rules)))
+    back = policy_from_words(words)
+    assert [rule.policy.dot for rule in back.rules] == ["int8", None, None, rules.default.dot, None]
+    assert back.default == rules.default and policy_to_words(back) == words
+    assert words["rules"]["a"].endswith(",dot=int8") and "dot" not in words["rules"]["b"]
