@@ -29,7 +29,7 @@ KEEPS_DTYPE = frozenset(
 """Names of modules that multiply in the compute dtype under a `dot=` recipe: the first layer and the last lose most by it."""
 
 DENSE = frozenset({"Dense", "DenseGeneral", "Linear", "LinearGeneral"})
-"""Names of module classes that a `dot=` recipe reaches: those with one of them in their MRO."""
+"""Names of Flax's classes that a `dot=` recipe reaches, and their subclasses: a user's own `Linear` multiplies by itself."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +191,8 @@ class Resolution:
 
 def is_dense(cls: Any) -> bool:
     """Whether a `dot=` recipe reaches modules of this class."""
-    return isinstance(cls, type) and not DENSE.isdisjoint(base.__name__ for base in cls.__mro__)
+    bases = cls.__mro__ if isinstance(cls, type) else ()
+    return any(base.__name__ in DENSE and base.__module__.partition(".")[0] == "flax" for base in bases)
 
 
 def _means_island(pattern: Pattern, path: str, cls: Any, rules: PolicyMap) -> bool:
