@@ -61,6 +61,8 @@ def make_train_step(
     A skipped step leaves every byte of params, optimizer state, moving average and mstate as it was; only the loss scale
     and the skip counters move. There is no host sync and one compile for good, skipped and scale-changing steps alike.
 
+    Histories of `dot=fp8_delayed` in mstate move on by one in a step that is applied; they meet neither clip nor optimizer.
+
     On several devices (a state from `shard_state`, batches from `shard_batch`) the same function is cut up by GSPMD, and
     the new state lies as the old one did. The sum of a gradient over the devices then runs in the dtype of the product
     that makes it, bfloat16 or float16 where the layer computes in that, and once in every micro-batch. With

@@ -24,6 +24,12 @@ def wrap(module: Any, policy: Any = "mixed_bfloat16", *, streams: tuple[str, ...
     Norms and softmax stay in float32. What is a function and not a module (`jax.nn.softmax` written out in a `__call__`)
     cannot be reached; `mpjax.audit` shows in which dtype it ran.
 
+    Under a `dot=` recipe (`"mixed_fp8"`, or `dot=fp8`, `fp8_delayed`, `int8` in a rule) Flax's dense layers, those of
+    attention among them, multiply in eight bits, forward and backward; `model.explain` shows at which paths. Heads and
+    embeddings (by name), layers with a `dot_general` of their own and sizes that are no multiples of 16 stay as they are.
+    `fp8_delayed` keeps its scales in `mstate["fp8_history"]`: pass on the mstate that comes in, as a train step needs it;
+    without it (`mstate={}`) the scales are current ones.
+
     A layer's own `dtype=` is overridden by the policy, which is the one place where precision is decided. `train=` goes to
     the method if it takes it; if it must have it and none is given, it gets False. For NNX a method that does not take it
     is run after `.train()` or `.eval()`, and as the module stands where no `train=` is given; `rng` reseeds every rng stream
