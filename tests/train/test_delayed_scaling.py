@@ -147,8 +147,8 @@ def test_eight_devices_keep_the_histories_of_one(reduce_dtype):
 
 
 @both_doors
-def test_a_layer_whose_gradients_are_zeros_forgets_nothing(door):
-    """After 16 such steps its scale was 2^-126, and every later gradient saturated there."""
+def test_gradients_that_are_zeros_say_nothing_of_their_scale(door):
+    """The step writes a 0, nothing seen, and what was known before still holds (test_delayed has what 16 such steps do)."""
     model, _ = job(door)
 
     def loss_fn(params, mstate, batch, rng):
@@ -160,7 +160,7 @@ def test_a_layer_whose_gradients_are_zeros_forgets_nothing(door):
     state = state_of(door)
     first, _ = step(state, {"x": X, "use": jnp.array(False)})
     for layer in ("up", "down"):
-        assert np.array_equal(exponents(first, layer)[2], exponents(state, layer)[2])
+        assert exponents(first, layer)[2, :3].tolist() == [0, exponents(state, layer)[2, 0], 0]
     assert exponents(first, "up")[0, 0] == exponent_of(X)
 
 
