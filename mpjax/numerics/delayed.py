@@ -28,7 +28,17 @@ import numpy as np
 from mpjax.core.dtypes import facts
 from mpjax.core.model import SINKS
 from mpjax.core.types import DTypeLike, MState, PyTree
-from mpjax.numerics.dot import BACKWARD, FORWARD, Numbers, QuantizedDot, fits_tiles, float8_product, gradients, plain
+from mpjax.numerics.dot import (
+    BACKWARD,
+    FORWARD,
+    Numbers,
+    QuantizedDot,
+    fits_tiles,
+    float8_product,
+    gradients,
+    like,
+    plain,
+)
 from mpjax.numerics.quantize import exponent, largest, scale_for_exponent, to_float8
 
 COLLECTION = "fp8_history"
@@ -189,8 +199,8 @@ def _forward(
 ) -> tuple[jax.Array, tuple]:
     x_scale, w_scale, g_scale = _scales(history)
     x, w = to_float8(lhs, x_scale, FORWARD), to_float8(rhs, w_scale, FORWARD)
-    like = jnp.zeros((0,), lhs.dtype), jnp.zeros((0,), rhs.dtype)
-    kept = (x, w, (x_scale, w_scale, g_scale), _seen(x, x_scale, FORWARD), _seen(w, w_scale, FORWARD), like)
+    scales, seen = (x_scale, w_scale, g_scale), (_seen(x, x_scale, FORWARD), _seen(w, w_scale, FORWARD))
+    kept = (x, w, scales, *seen, (like(lhs), like(rhs)))
     return float8_product(x, w, x_scale * w_scale, numbers, out), kept
 
 

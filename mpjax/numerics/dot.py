@@ -111,7 +111,7 @@ def _float8_dot(lhs: jax.Array, rhs: jax.Array, numbers: Numbers, out: np.dtype)
 def _float8_forward(lhs: jax.Array, rhs: jax.Array, numbers: Numbers, out: np.dtype) -> tuple[jax.Array, tuple]:
     scales = current_scale(largest(lhs), FORWARD), current_scale(largest(rhs), FORWARD)
     x, w = to_float8(lhs, scales[0], FORWARD), to_float8(rhs, scales[1], FORWARD)
-    return float8_product(x, w, scales[0] * scales[1], numbers, out), (x, w, *scales, _like(lhs), _like(rhs))
+    return float8_product(x, w, scales[0] * scales[1], numbers, out), (x, w, *scales, like(lhs), like(rhs))
 
 
 def _float8_backward(numbers: Numbers, out: np.dtype, kept: tuple, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -228,7 +228,7 @@ def transposed(numbers: Numbers, x_ndim: int, w_ndim: int, right: bool = False) 
     return ((second, tuple(w_kept)), (batch, w_batch)), axes
 
 
-def _like(x: jax.Array) -> jax.Array:
+def like(x: jax.Array) -> jax.Array:
     """Nothing of x but its dtype, as something that a backward pass may hold."""
     return jnp.zeros((0,), x.dtype)
 
