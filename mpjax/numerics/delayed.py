@@ -2,6 +2,8 @@
 
 Current scaling reads a tensor twice: for its largest magnitude, and, that known, for rounding. Here the scales are known
 before the tensor is there, so it is rounded where it is made; its magnitude is written down beside that, for later.
+(What XLA makes of it is another matter: one step of GPT-2 124M took 39.5 ms on an H100, and 39.0 with current scaling;
+experiments/records/2026-11-24-bench-h100.)
 
     state    for each dense layer, of x, w and g: the exponents of the largest magnitude in the last 16 steps
     scale    from the largest of them; what grows by less than a factor of 1.75 fits, what grows by 3.5 saturates
