@@ -8,7 +8,7 @@ Method     every side in a process of its own, so that its peak memory is its ow
            one work must train alike. The rate of the device's own matrix products is measured in the same run.
 Reads      step time, rate, TFLOP/s, their share of the product rate, peak memory, time to trace and to compile, the
            host's time a step. TFLOP/s count what the model needs (`flops.py`), not what a program computes again.
-Paired     for a ratio to a percent: `--paired mpjax flax` runs two JAX sides in one process, their blocks in turn.
+In turn    for ratios to a percent: `--in-turn flax mpjax` runs JAX sides in one process, their blocks in turn.
 Data       random tokens and pictures from the seed: speed does not depend on them. The same batch at every step.
 Time       4 minutes a row on an H100; `--tiny` some seconds on a CPU, which says nothing of speed.
 Run        python -m experiments.bench gpt2-bf16 --out FOLDER        one row: FOLDER/gpt2-bf16.json and a table

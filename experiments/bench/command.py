@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 
 from experiments._run import Refused
-from experiments.bench import flops, table
+from experiments.bench import flops, in_turn, table
 from experiments.bench.process import Task, import_seconds, launch, perform
 from experiments.bench.rows import ROWS, Settings
 from experiments.bench.side_jax import room_of
@@ -30,11 +30,11 @@ class Config:
     """Every setting, with its unit."""
 
     row: tyro.conf.Positional[str]
-    """One of gpt2-bf16, gpt2-fp8, gpt2-f16, resnet50-bf16, gpt-1.3b-bf16, gpt-1.3b-fp8."""
+    """One of gpt2-bf16, gpt2-fp8, gpt2-f16, gpt2-xla, resnet50-bf16, resnet50-xla, gpt-1.3b."""
     sides: tuple[str, ...] | None = None
-    """Some of the row's sides; all by default. The first is the one that the others are divided by."""
-    paired: tuple[str, str] | None = None
-    """Two JAX sides that are run once more, in one process, their blocks in turn."""
+    """Some of the row's sides; all by default, where none are in turn. The first is the one that the others are divided by."""
+    in_turn: tuple[str, ...] = ()
+    """At least two JAX sides that are run in one process, their blocks in turn; the first divides the others."""
     out: str | None = None
     """A folder, for ROW.json and ROW.md; by default runs/bench-date-time."""
     isolated: bool = True
@@ -55,21 +55,23 @@ class Tables:
 
 
 def tasks(config: Config) -> list[Task]:
-    """What is done, in this order: the rate of products (it warms the chip up), the sides, the pair.
+    """What is done, in this order: the rate of products (it warms the chip up), the sides, those in turn.
 
     Raises:
-      Refused: a name that is none of the row's, or a pair with a side that is not JAX's.
+      Refused: a name that is none of the row's, or sides in turn that are not JAX's, or one alone.
     """
     row = ROWS.get(config.row)
     if row is None:
         raise Refused(f"got the row {config.row!r}; legal are {', '.join(ROWS)}")
-    chosen = tuple(row.sides) if config.sides is None else config.sides
-    pair = config.paired or ()
-    if unknown := [name for name in (*chosen, *pair) if name not in row.sides]:
+    chosen = config.sides
+    turns = config.in_turn
+    if chosen is None:
+        chosen = () if turns else tuple(row.sides)
+    if unknown := [name for name in (*chosen, *turns) if name not in row.sides]:
         raise Refused(f"got the sides {', '.join(unknown)}; {config.row} has {', '.join(row.sides)}")
-    if any(row.sides[name].by == "torch" for name in pair):
-        raise Refused(f"got --paired {' '.join(pair)}; legal are two JAX sides: they share a process and its device")
-    names: list[tuple[str, ...]] = [(), *((name,) for name in chosen), *([pair] if pair else [])]
+    if len(set(turns)) == 1 or any(row.sides[name].by == "torch" for name in turns):
+        raise Refused(f"got --in-turn {' '.join(turns)}; legal are two JAX sides or more: they share a process")
+    names: list[tuple[str, ...]] = [(), *((name,) for name in chosen), *([turns] if turns else [])]
     return [Task(config.row, name, config.settings) for name in names]
 
 
@@ -85,7 +87,7 @@ def main(config: Config) -> int:
         "date": datetime.datetime.now().isoformat(timespec="seconds"), "command": _command(sys.argv[1:]),
         "variables": {name: value for name, value in os.environ.items() if _told(name)},
         "described": {name: dataclasses.asdict(side) for name, side in ROWS[config.row].sides.items()},
-        "products": {}, "sides": {}, "pairs": {}, "imports": {},
+        "products": {}, "sides": {}, "in_turn": {}, "imports": {},
     }  # fmt: skip
     for _ in range(config.imports):
         for task in planned:
@@ -93,9 +95,9 @@ def main(config: Config) -> int:
                 room = room_of(work, ROWS[config.row].sides[task.name].by)
                 record["imports"].setdefault(task.name, []).append(import_seconds(room))
     for task in planned:
-        result = launch(task, config.timeout) if config.isolated else perform(task)
-        if len(task.sides) == 2:
-            record["pairs"][task.name] = result
+        result = launch(task, config.timeout * max(1, len(task.sides))) if config.isolated else perform(task)
+        if len(task.sides) > 1:
+            record["in_turn"] = result
         elif task.sides:
             record["sides"][task.name] = result
         else:
@@ -104,7 +106,8 @@ def main(config: Config) -> int:
         said = f"failed: {result['failed']}\n{result.get('log', '')}" if "failed" in result else "done"
         print(f"{config.row}, {task.name}: {said}", file=sys.stderr, flush=True)
     show(record, folder)
-    results = [record["products"], *record["sides"].values(), *record["pairs"].values()]
+    turns = record["in_turn"]
+    results = [record["products"], *record["sides"].values(), turns, *turns.get("sides", {}).values()]
     return int(any("failed" in result for result in results))
 
 
@@ -114,6 +117,8 @@ def show(record: dict[str, Any], folder: Path) -> None:
     console = Console(soft_wrap=True, highlight=False)
     if record["sides"]:
         console.print(policy_table(table.rows(record), title=record["row"]))
+    if "sides" in record["in_turn"]:
+        console.print(policy_table(in_turn.rows(record["in_turn"]), title=f"{record['row']}, in turn"))
     for name, found in table.profiles(record).items():
         console.print(policy_table(table.kernel_rows(found), title=f"{name}: {found['ms']:.2f} ms a step in kernels"))
     for note in table.notes(record):

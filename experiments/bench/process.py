@@ -24,7 +24,7 @@ class Task:
 
     Args:
       row: the row's name.
-      sides: one side; or two to be compared in turn; or none: the rate of the device's products.
+      sides: one side; or several that take turns; or none: the rate of the device's products.
       settings: of the run.
     """
 
@@ -48,10 +48,10 @@ def perform(task: Task) -> dict[str, Any]:
             from experiments.bench import ceiling
 
             return ceiling.measure(row.formats, task.settings)
-        if len(sides) == 2:
-            from experiments.bench import paired
+        if len(sides) > 1:
+            from experiments.bench import in_turn
 
-            return paired.measure(work, sides[0], sides[1], task.settings)
+            return in_turn.measure(work, {name: row.sides[name] for name in task.sides}, task.settings)
         from experiments.bench import side_jax, side_torch
 
         measure = side_torch.measure if sides[0].by == "torch" else side_jax.measure

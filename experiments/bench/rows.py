@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal, TypeAlias
 
 
@@ -70,7 +71,9 @@ class Side:
     recompute: bool = False
     """The backward pass computes the GELU again, from its input, and keeps only that, as PyTorch's compiler does unasked."""
     skip: str = "nonfinite"
-    """mpjax only: what the step does about an update that is not finite."""
+    """mpjax only: what the step looks at before it applies an update."""
+    compiler: dict[str, str | bool] = dataclasses.field(default_factory=dict)
+    """flax and mpjax: options of XLA for this step alone, named as in `XLA_FLAGS`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,39 +89,59 @@ class Row:
 BF16 = "mixed_bfloat16"
 FP8 = "mixed_fp8"
 FP8_DELAYED = "params=float32,compute=bfloat16,output=float32,dot=fp8_delayed"
-_FP8_SIDES = {
-    "bf16": Side("mpjax", BF16, "chunked", recompute=True),
-    "fp8": Side("mpjax", FP8, "chunked", recompute=True),
-    "fp8-delayed": Side("mpjax", FP8_DELAYED, "chunked", recompute=True),
-}
+_tuned = functools.partial(Side, "mpjax", loss="chunked", recompute=True, skip="gradients")
+"""What a user of mpjax can choose for a transformer's speed and memory."""
+_FP8_SIDES = {"bf16": _tuned(BF16), "fp8": _tuned(FP8), "fp8-delayed": _tuned(FP8_DELAYED)}
 _FP8_FORMATS = ("bfloat16", "float8_e4m3fn", "float8_e4m3fn×float8_e5m2")
+XLA: dict[str, dict[str, str | bool]] = {
+    "no-triton-gemm": {"xla_gpu_enable_triton_gemm": False},
+    "any-triton-gemm": {"xla_gpu_triton_gemm_any": True},
+    "fusion-autotuner": {"xla_gpu_experimental_enable_fusion_autotuner": True},
+    "block-level-fusion": {"xla_gpu_experimental_enable_fusion_block_level_rewriter": True},
+    "cudnn-layer-norm": {"xla_gpu_enable_cudnn_layer_norm": True},
+    "no-command-buffers": {"xla_gpu_enable_command_buffer": ""},
+    "all-command-buffers": {
+        "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION"
+    },
+    "latency-hiding": {"xla_gpu_enable_latency_hiding_scheduler": True},
+    "conv-fusion": {"xla_gpu_experimental_enable_conv_fusion": True},
+}
+"""Candidates for `mpjax.xla_flags`: what jaxlib 0.10 to 0.12 all parse and one GPU could gain by."""
 
 ROWS: dict[str, Row] = {
     "gpt2-bf16": Row("gpt2-124m", {
         "flax": Side("flax", "bfloat16"),
         "mpjax": Side("mpjax", BF16),
+        "mpjax-gradients": Side("mpjax", BF16, skip="gradients"),
         "mpjax-off": Side("mpjax", BF16, skip="off"),
-        "mpjax-tuned": Side("mpjax", BF16, "chunked", recompute=True),
+        "mpjax-tuned": _tuned(BF16),
         "torch": Side("torch", "bfloat16"),
+    }),
+    "gpt2-xla": Row("gpt2-124m", {"default": _tuned(BF16)} | {
+        name: _tuned(BF16, compiler=options) for name, options in XLA.items() if name != "conv-fusion"
     }),
     "gpt2-fp8": Row("gpt2-124m", _FP8_SIDES, _FP8_FORMATS),
     "gpt2-f16": Row("gpt2-124m", {
-        "bf16": Side("mpjax", BF16, "chunked", recompute=True),
-        "f16": Side("mpjax", "mixed_float16", "chunked", recompute=True),
+        "bf16": _tuned(BF16),
+        "f16": _tuned("mixed_float16"),
         "torch": Side("torch", "float16"),
     }, ("bfloat16", "float16")),
     "resnet50-bf16": Row("resnet50", {
         "flax": Side("flax", "bfloat16"),
         "mpjax": Side("mpjax", BF16),
+        "mpjax-gradients": Side("mpjax", BF16, skip="gradients"),
         "mpjax-off": Side("mpjax", BF16, skip="off"),
         "torch": Side("torch", "bfloat16"),
     }),
-    "gpt-1.3b-bf16": Row("gpt-1.3b", {
-        "flax": Side("flax", "bfloat16"),
-        "mpjax-tuned": Side("mpjax", BF16, "chunked", recompute=True),
-        "torch": Side("torch", "bfloat16"),
+    "resnet50-xla": Row("resnet50", {"default": Side("mpjax", BF16, skip="gradients")} | {
+        name: Side("mpjax", BF16, skip="gradients", compiler=XLA[name])
+        for name in ("no-triton-gemm", "fusion-autotuner", "all-command-buffers", "conv-fusion")
     }),
-    "gpt-1.3b-fp8": Row("gpt-1.3b", _FP8_SIDES, _FP8_FORMATS),
+    "gpt-1.3b": Row("gpt-1.3b", {
+        "flax": Side("flax", "bfloat16"),
+        **_FP8_SIDES,
+        "torch": Side("torch", "bfloat16"),
+    }, _FP8_FORMATS),
 }  # fmt: skip
 
 

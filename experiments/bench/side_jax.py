@@ -32,8 +32,10 @@ class Compiled:
         program, built = clocked(lambda: jax.block_until_ready(room.build(work, side, settings)))
         self.step, self.state, self.batch = program
         lowered, traced = clocked(lambda: self.step.lower(self.state, self.batch))
-        # `step(...)` finds what is compiled here, and compiles nothing again.
-        self.executable, compiled = clocked(lowered.compile)
+        # `step(...)` finds what is compiled here, and compiles nothing again; but not what has options of its own.
+        self.executable, compiled = clocked(lambda: lowered.compile(side.compiler or None))
+        if side.compiler:
+            self.step = self.executable
         self.seconds = {"import": imported, "build": built, "trace": traced, "compile": compiled}
         self.metrics: dict[str, Any] = {}
 

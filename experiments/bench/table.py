@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments._run import Refused
+from experiments.bench import in_turn
 from experiments.bench.products import kinds
 from mpjax.measure.table import to_markdown
 
@@ -67,19 +68,19 @@ def rows(record: Record) -> list[dict[str, Any]]:
 
 
 def notes(record: Record) -> Iterator[str]:
-    """What stands below the table: the device's own rate, pairs, same products or not, and what failed."""
+    """What stands below the table: the device's own rate, same products or not, and what failed."""
     sides = record["sides"]
-    known = [x["environment"] for x in (record["products"], *sides.values()) if "environment" in x]
+    known = [
+        x["environment"] for x in (record["products"], *sides.values(), record.get("in_turn", {})) if "environment" in x
+    ]
     merged = {key: value for each in reversed(known) for key, value in each.items()}
     yield ", ".join(f"{key} {value}" for key, value in merged.items())
     for name, rate in record["products"].get("rates", {}).items():
         refused = f"refused: {rate['refused']}" if rate["refused"] else f"{rate['tflops']:.4g} TFLOP/s"
         yield f"product of two {name} matrices: {refused}"
-    for name, pair in record["pairs"].items():
-        if "failed" not in pair:
-            low, high = pair["interval"]
-            yield f"{name}: {pair['ratio']:.4f}× the time, 95 % interval {low:.4f}–{high:.4f}, {len(pair['rounds_ms'])} rounds"
-    counted = {name: side["products"] for name, side in sides.items() if side.get("products")}
+    turns = record.get("in_turn", {})
+    compiled = turns.get("sides", {}) | sides
+    counted = {name: side["products"] for name, side in compiled.items() if side.get("products")}
     for name, found in counted.items():
         total = sum(product["flops"] * product["count"] for product in found) / 1e12
         first, reference = next(iter(counted.items()))
@@ -89,8 +90,8 @@ def notes(record: Record) -> Iterator[str]:
             else f", {'the same as' if kinds(found) == kinds(reference) else 'other than'} {first}'s"
         )
         yield f"{name}: {sum(product['count'] for product in found)} products in the program, {total:.4g} TFLOP{alike}"
-    for kind in ("sides", "pairs"):
-        for name, side in record[kind].items():
+    for found in (sides, turns.get("sides", {}), {"in turn": turns}):
+        for name, side in found.items():
             if "failed" in side:
                 yield f"{name} failed: {side['failed']}"
     if "failed" in record["products"]:
@@ -119,7 +120,9 @@ def _short(name: str) -> str:
 
 def markdown(record: Record) -> str:
     """Heading, table and notes."""
-    tables = [to_markdown(rows(record))]
+    tables = [to_markdown(rows(record))] if record["sides"] else []
+    if "sides" in record.get("in_turn", {}):
+        tables.append(to_markdown(in_turn.rows(record["in_turn"])))
     for name, found in profiles(record).items():
         tables += [f"{name}: {found['ms']:.2f} ms a step in kernels", to_markdown(kernel_rows(found))]
     listed = "\n".join(f"- {note}" for note in notes(record))

@@ -77,7 +77,10 @@ def make_train_step(
       optimizer: the optax transformation with which the state was made. It sees float32 gradients and params.
       accumulate: cut the batch into this many micro-batches and add their gradients up in float32.
       clip_norm: scale gradients down to this global norm, after unscaling and accumulation.
-      skip: `"nonfinite"`, or `"off"`: apply whatever comes (not with a dynamic loss scale, which lives by skipping).
+      skip: what is looked at. `"nonfinite"`: all of the above. `"gradients"`: all but the new params, as PyTorch's
+        GradScaler does; what an optimizer makes of finite gradients is then believed, and the step reads params and
+        moments once less. `"off"`: nothing, whatever comes is applied (not with a dynamic loss scale, which lives by
+        skipping).
       donate: let the new state take the old one's memory. The old state cannot be used afterwards.
       mesh: the mesh on which state and batches lie; needed for `reduce_dtype`. With it, rows that `accumulate` × devices
         does not divide are refused (GSPMD would move rows between devices instead).
@@ -111,8 +114,8 @@ def make_train_step(
         raise ValueError(f"got accumulate={accumulate!r}; legal is an int ≥ 1; 1 does not accumulate")
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"got clip_norm={clip_norm!r}; legal is a number > 0, or None for no clipping")
-    if skip not in ("nonfinite", "off"):
-        raise ValueError(f"got skip={skip!r}; legal is 'nonfinite' or 'off'")
+    if skip not in ("nonfinite", "gradients", "off"):
+        raise ValueError(f"got skip={skip!r}; legal is 'nonfinite', 'gradients' or 'off'")
     if reduce_dtype is not None and canonical(reduce_dtype) != jnp.float32:
         raise ValueError(f"got reduce_dtype={reduce_dtype!r}; legal is 'float32', or None for what GSPMD does")
     if reduce_dtype is not None and mesh is None:
@@ -186,13 +189,14 @@ class TrainStep:
         if self.skip == "off" and isinstance(state.loss_scale, DynamicLossScale):
             raise ValueError(
                 "skip='off' came with a DynamicLossScale, which finds its scale by skipping; "
-                "use skip='nonfinite' or a static_loss_scale"
+                "use skip='nonfinite', skip='gradients' or a static_loss_scale"
             )
         trained, frozen = split_trainable(state.params, state.trainable)
         found = self.gathered(state, batch)
         new, norm = self.candidate(state, found)
-        params = new.params if self.spread else bundled(new.params)
-        finite = jnp.isfinite(norm) & jnp.isfinite(found.loss) & found.mstate_finite & all_finite(params)
+        finite = jnp.isfinite(norm) & jnp.isfinite(found.loss) & found.mstate_finite
+        if self.skip != "gradients":  # XLA reads params and moments for it before it writes any
+            finite &= all_finite(new.params if self.spread else bundled(new.params))
         weightless = jnp.array(False) if found.weight is None else found.weight == 0
         if self.skip == "off":
             kept, skipped = new, jnp.zeros((), jnp.int32)

@@ -19,7 +19,7 @@ from experiments.bench import (
     flops,
     gpt,
     gpt_flax,
-    paired,
+    in_turn,
     process,
     products,
     profile,
@@ -146,7 +146,7 @@ def test_flops_by_hand():
     assert flops.step_flops(TINY["resnet50"]) == 3 * 4 * 2 * sum(tiny)
 
 
-@pytest.mark.parametrize("name", ["flops", "paired", "products", "profile"])
+@pytest.mark.parametrize("name", ["flops", "in_turn", "products", "profile"])
 def test_examples(name):
     found = doctest.testmod(importlib.import_module(f"experiments.bench.{name}"))
     assert found.attempted and not found.failed
@@ -156,8 +156,9 @@ def test_examples(name):
     ("args", "said"),
     [
         (["gpt3"], "legal are gpt2-bf16"),
-        (["gpt2-bf16", "--sides", "flux"], "flax, mpjax, mpjax-off"),
-        (["gpt2-bf16", "--paired", "flax", "torch"], "two JAX sides"),
+        (["gpt2-bf16", "--sides", "flux"], "flax, mpjax, mpjax-gradients, mpjax-off"),
+        (["gpt2-bf16", "--in-turn", "flax", "torch"], "two JAX sides or more"),
+        (["gpt2-bf16", "--in-turn", "flax"], "two JAX sides or more"),
         (["table", "."], "holds no results"),
     ],
 )
@@ -175,29 +176,51 @@ def test_a_task_runs_in_a_process_of_its_own(monkeypatch):
     assert process.launch(task, timeout=0.01)["failed"] == "it took more than 0.01 s"
 
 
-def test_a_pair_takes_turns_and_a_drift_cancels(monkeypatch):
-    """The clock of the chip sinks by a percent a round; the first side takes twice as long all the while."""
+def test_sides_take_turns_and_a_drift_cancels(monkeypatch):
+    """The clock of the chip sinks by a percent a block; mpjax takes twice as long all the while, and one cannot be built."""
     turns: list[str] = []
 
     class Ready:
         seconds: dict = {}  # noqa: RUF012
 
         def __init__(self, work, side, settings):
-            self.call, self.wait = side.by, None
+            if side.by == "torch":
+                raise MemoryError("too large")
+            self.call, self.wait, self.executable = side.by, None, self
 
         def losses(self, steps):
             return [0.0] * steps
+
+        def as_text(self):
+            return ""
 
     def block(call, wait, steps):
         turns.append(call)
         return 1.01 ** len(turns) * (2 if call == "mpjax" else 1)
 
-    monkeypatch.setattr(paired, "Compiled", Ready)
-    monkeypatch.setattr(paired, "block_ms", block)
-    sides = Side("mpjax", "mixed_bfloat16"), Side("flax", "bfloat16")
-    found = paired.measure(small_gpt(), *sides, Settings(blocks=3))
-    assert turns[:4] == ["mpjax", "flax", "flax", "mpjax"] and len(found["rounds_ms"]) == 6
-    assert found["ratio"] == pytest.approx(2) and found["interval"][0] < 2 < found["interval"][1]
+    monkeypatch.setattr(in_turn, "Compiled", Ready)
+    monkeypatch.setattr(in_turn, "block_ms", block)
+    monkeypatch.setattr(in_turn, "planned", lambda executable: {"peak": 0})
+    sides = {name: Side(name, "bfloat16") for name in ("flax", "torch", "mpjax")}
+    found = in_turn.measure(small_gpt(), sides, Settings(blocks=3))["sides"]
+    assert turns[:4] == ["flax", "mpjax", "mpjax", "flax"] and len(found["flax"]["block_ms"]) == 6
+    assert found["flax"]["ratio"] == 1 and found["torch"]["failed"] == "MemoryError: too large"
+    assert found["mpjax"]["ratio"] == pytest.approx(2)
+    assert found["mpjax"]["interval"][0] < 2 < found["mpjax"]["interval"][1]
+    assert in_turn.measure(small_gpt(), dict(reversed(sides.items())), Settings())["sides"]["mpjax"]["ratio"] == 1
+    first_fails = in_turn.measure(small_gpt(), {"torch": sides["torch"], "flax": sides["flax"]}, Settings())
+    assert first_fails["failed"] == "MemoryError: too large"
+
+
+def test_a_side_may_have_options_of_the_compiler(monkeypatch):
+    """XLA itself says that it was told: the one option has a value that no option of that kind has."""
+    side = Side("mpjax", "mixed_bfloat16", compiler={"xla_cpu_enable_fast_math": "maybe"})
+    found = in_turn.measure(
+        small_gpt(), {"flax": Side("flax", "bfloat16"), "wrong": side}, Settings(losses=1, blocks=1, steps=1)
+    )
+    assert (
+        "xla_cpu_enable_fast_math" in found["sides"]["wrong"]["failed"] or "maybe" in found["sides"]["wrong"]["failed"]
+    )
 
 
 def test_the_clock_waits_once_a_block_and_before_each_call_of_the_host(monkeypatch):

@@ -382,6 +382,33 @@ def test_skip_off_is_not_poisoned_by_a_batch_without_weight(accumulate):
     assert fingerprint(after.params) == fingerprint(state.params)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_skip_gradients_skips_what_the_default_skips_for_its_gradients(bad):
+    """The same bytes after a good batch, a bad one and a good one, the dynamic scale among them."""
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    states = []
+    for skip in ("nonfinite", "gradients"):
+        step = make_train_step(mean_loss, optimizer, skip=skip, donate=False)
+        state = created(optimizer, loss_scale=dynamic(), ema_decay=0.5)
+        state, _ = step(state, (X, Y))
+        skipped, metrics = step(state, (np.full_like(X, bad), Y))
+        assert held(skipped) == held(state) and int(metrics["skipped"]) == 1 and not bool(metrics["grads_finite"])
+        states.append(step(skipped, (X, Y))[0])
+    assert fingerprint(states[0]) == fingerprint(states[1])
+
+
+def test_skip_gradients_believes_the_optimizer_and_reads_no_new_param():
+    optimizer = optax.chain(optax.sgd(0.1), optax.scale(jnp.inf))
+    state = created(optimizer)
+    for skip, looked_at, applied in (("nonfinite", True, 0), ("gradients", False, 1)):
+        step = make_train_step(mean_loss, optimizer, skip=skip, donate=False)
+        found = equations(jax.make_jaxpr(step.pure)(state, (X, Y)).jaxpr)
+        tested = [e.invars[0].aval.shape for e in found if e.primitive.name == "is_finite"]
+        assert (START["w"].shape in tested) is looked_at and () in tested  # the scalars: loss and norm
+        after, _ = step(state, (X, Y))
+        assert int(after.step) == applied and bool(np.isfinite(after.params["w"]).all()) is not bool(applied)
+
+
 def test_skip_off_and_a_static_scale_go_together():
     plain, _ = step_of(mean_loss)(created(SGD), (X, Y))
     after, metrics = step_of(mean_loss, skip="off")(created(SGD, loss_scale=StaticLossScale(2.0**10)), (X, Y))
@@ -683,7 +710,7 @@ def test_a_batch_is_any_pytree_and_reaches_the_loss_as_it_is(accumulate):
         ({"clip_norm": 0.0}, r"got clip_norm=0.0; legal is a number > 0, or None"),
         ({"clip_norm": -1.0}, r"got clip_norm=-1.0"),
         ({"clip_norm": float("nan")}, r"got clip_norm=nan"),
-        ({"skip": "nan"}, r"got skip='nan'; legal is 'nonfinite' or 'off'"),
+        ({"skip": "nan"}, r"got skip='nan'; legal is 'nonfinite', 'gradients' or 'off'"),
         ({"skip": False}, r"got skip=False"),
     ],
     ids=repr,
@@ -699,7 +726,7 @@ def test_a_dynamic_scale_needs_the_skip():
     optimizer = optax.sgd(0.1)
     step = make_train_step(mean_loss, optimizer, skip="off")
     with pytest.raises(
-        ValueError, match=r"skip='off' came with a DynamicLossScale.*use skip='nonfinite' or a static_loss_scale"
+        ValueError, match=r"skip='off' came with a DynamicLossScale.*use skip='nonfinite', skip='gradients' or a static"
     ):
         step(created(optimizer, loss_scale=dynamic()), (X, Y))
 
