@@ -74,6 +74,7 @@ def notes(record: Record) -> Iterator[str]:
         x["environment"] for x in (record["products"], *sides.values(), record.get("in_turn", {})) if "environment" in x
     ]
     merged = {key: value for each in reversed(known) for key, value in each.items()}
+    yield f"{record['date']}: {record['command']}"
     yield ", ".join(f"{key} {value}" for key, value in merged.items())
     for name, rate in record["products"].get("rates", {}).items():
         refused = f"refused: {rate['refused']}" if rate["refused"] else f"{rate['tflops']:.4g} TFLOP/s"

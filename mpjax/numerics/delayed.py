@@ -41,7 +41,7 @@ from mpjax.numerics.dot import (
     like,
     plain,
 )
-from mpjax.numerics.quantize import exponent, largest, scale_for_exponent, to_float8
+from mpjax.numerics.quantize import exponent, largest, scale_for_exponent, to_float8_or_nan
 
 COLLECTION = "fp8_history"
 """Of `mstate`: the histories, by module path. Its namesake in the reserved collection holds this step's counts."""
@@ -200,7 +200,7 @@ def _forward(
     lhs: jax.Array, rhs: jax.Array, history: jax.Array, sink: jax.Array, numbers: Numbers, out: np.dtype
 ) -> tuple[jax.Array, tuple]:
     x_scale, w_scale, g_scale = _scales(history)
-    x, w = to_float8(lhs, x_scale, FORWARD), to_float8(rhs, w_scale, FORWARD)
+    x, w = to_float8_or_nan(lhs, x_scale, FORWARD), to_float8_or_nan(rhs, w_scale, FORWARD)
     scales, seen = (x_scale, w_scale, g_scale), (_seen(x, x_scale, FORWARD), _seen(w, w_scale, FORWARD))
     kept = (x, w, scales, *seen, (like(lhs), like(rhs)))
     return float8_product(x, w, x_scale * w_scale, numbers, out), kept
@@ -208,7 +208,7 @@ def _forward(
 
 def _backward(numbers: Numbers, out: np.dtype, kept: tuple, cotangent: jax.Array) -> tuple:
     x, w, (x_scale, w_scale, g_scale), x_seen, w_seen, (lhs, rhs) = kept
-    g = to_float8(cotangent, g_scale, BACKWARD)
+    g = to_float8_or_nan(cotangent, g_scale, BACKWARD)
     dtypes = (lhs.dtype, rhs.dtype)
     by_lhs, by_rhs = gradients(g, x, w, g_scale * w_scale, g_scale * x_scale, numbers, dtypes)
     seen = jnp.stack([x_seen, w_seen, _seen(g, g_scale, BACKWARD)])

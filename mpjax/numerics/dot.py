@@ -142,7 +142,7 @@ def gradients(
     for_x, x_axes = transposed(numbers, x.ndim, w.ndim)
     for_w, w_axes = transposed(numbers, x.ndim, w.ndim, right=True)
     by_x = float8_product(g, w, x_scale, for_x, dtypes[0]).transpose(x_axes)
-    by_w = float8_product(g, x, w_scale, for_w, dtypes[1]).transpose(w_axes)
+    by_w = float8_product(x, g, w_scale, for_w, dtypes[1]).transpose(w_axes)
     return by_x, by_w
 
 
@@ -171,7 +171,7 @@ def _int8_backward(numbers: Numbers, out: np.dtype, kept: tuple, cotangent: jax.
     for_lhs, lhs_axes = transposed(numbers, lhs.ndim, rhs.ndim)
     for_rhs, rhs_axes = transposed(numbers, lhs.ndim, rhs.ndim, right=True)
     by_lhs = _int8_product(cotangent, rhs, for_lhs, lhs.dtype).transpose(lhs_axes)
-    return by_lhs, _int8_product(cotangent, lhs, for_rhs, rhs.dtype).transpose(rhs_axes)
+    return by_lhs, _int8_product(lhs, cotangent, for_rhs, rhs.dtype).transpose(rhs_axes)
 
 
 _int8_dot.defvjp(_int8_forward, _int8_backward)
@@ -209,10 +209,12 @@ apart.defvjp(lambda x: (apart(x), None), lambda _, cotangent: (cotangent,))
 def transposed(numbers: Numbers, x_ndim: int, w_ndim: int, right: bool = False) -> tuple[Numbers, tuple[int, ...]]:
     """How a product is differentiated: `(numbers, axes)` with `d lhs = dot_general(g, rhs, numbers).transpose(axes)`.
 
-    With `right` for `d rhs`, from g and lhs. (As `jax.lax.dot_general` does it, which takes only operands of one dtype there.)
+    With `right` it is `d rhs = dot_general(lhs, g, numbers).transpose(axes)`. (jax itself has g on the left there, too, and
+    XLA turns the result round inside the GEMM. It cannot do so for float8: the whole update of AdamW then ran in the other
+    layout, and params and moments were copied back, 13 ms of a step of 128.)
 
-    >>> transposed((((1,), (0,)), ((), ())), 2, 2)
-    ((((1,), (1,)), ((), ())), (0, 1))
+    >>> transposed((((1,), (0,)), ((), ())), 2, 2), transposed((((1,), (0,)), ((), ())), 2, 2, right=True)
+    (((((1,), (1,)), ((), ())), (0, 1)), ((((0,), (0,)), ((), ())), (0, 1)))
     """
     (x_over, w_over), (x_batch, w_batch) = numbers
     x_kept = [axis for axis in range(x_ndim) if axis not in x_over + x_batch]
@@ -221,11 +223,12 @@ def transposed(numbers: Numbers, x_ndim: int, w_ndim: int, right: bool = False) 
     first = tuple(len(batch) + i for i in range(len(x_kept)))
     second = tuple(len(batch) + len(first) + i for i in range(len(w_kept)))
     if right:
-        x_over, w_over, x_batch, w_batch, x_kept, w_kept = w_over, x_over, w_batch, x_batch, w_kept, x_kept
-        first, second = second, first
-    order = [x_over[i] for i in np.argsort(w_over)]
-    axes = tuple(int(i) for i in np.argsort([*x_batch, *x_kept, *order]))
-    return ((second, tuple(w_kept)), (batch, w_batch)), axes
+        order = [*w_batch, *(w_over[i] for i in np.argsort(x_over)), *w_kept]
+        found = ((tuple(x_kept), first), (x_batch, batch))
+    else:
+        order = [*x_batch, *x_kept, *(x_over[i] for i in np.argsort(w_over))]
+        found = ((second, tuple(w_kept)), (batch, w_batch))
+    return found, tuple(int(i) for i in np.argsort(order))
 
 
 def like(x: jax.Array) -> jax.Array:

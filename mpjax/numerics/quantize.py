@@ -70,15 +70,26 @@ def scale_for_exponent(e: jax.Array, dtype: np.dtype) -> jax.Array:
 def to_float8(x: jax.Array, scale: jax.Array, dtype: np.dtype) -> jax.Array:
     """`x / scale`, rounded to nearest even; what is too large becomes the largest number (e4m3fn would make it NaN).
 
-    An infinity becomes NaN, as it is no large number but a fault that a train step must see.
+    So does an infinity: for a scale that tells of one itself, as `current_scale` does.
 
     >>> to_float8(jnp.array([1.0, 1000.0]), jnp.float32(1.0), jnp.dtype("float8_e4m3fn"))
     Array([1, 448], dtype=float8_e4m3fn)
     """
     bound = np.float32(facts(dtype).max)
-    wide = x.astype(jnp.float32)
-    scaled = jnp.clip(wide * (1 / scale), -bound, bound)
-    return jnp.where(jnp.isfinite(wide), scaled, jnp.full_like(scaled, jnp.nan)).astype(dtype)
+    return jnp.clip(x.astype(jnp.float32) * (1 / scale), -bound, bound).astype(dtype)
+
+
+def to_float8_or_nan(x: jax.Array, scale: jax.Array, dtype: np.dtype) -> jax.Array:
+    """`to_float8`, but an infinity becomes NaN: no large number, but a fault that a train step must see.
+
+    For scales that know nothing of this tensor. Its mask is not free: of weights XLA (jax 0.11) turns it round for the
+    GEMM in a pass of its own.
+
+    >>> to_float8_or_nan(jnp.array([1000.0, jnp.inf]), jnp.float32(1.0), jnp.dtype("float8_e4m3fn"))
+    Array([448, nan], dtype=float8_e4m3fn)
+    """
+    rounded = to_float8(x, scale, dtype)
+    return jnp.where(jnp.isfinite(x), rounded, jnp.full_like(rounded, jnp.nan))
 
 
 def to_int8(x: jax.Array, axes: Sequence[int], bound: int = 127) -> tuple[jax.Array, jax.Array]:

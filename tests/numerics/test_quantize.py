@@ -15,6 +15,7 @@ from mpjax.numerics.quantize import (
     power_of_two,
     scale_for_exponent,
     to_float8,
+    to_float8_or_nan,
     to_int8,
 )
 
@@ -94,11 +95,18 @@ def test_to_float8_is_the_cast_of_the_exactly_scaled_value(came, dtype):
 
 
 @both_formats
-def test_to_float8_saturates_keeps_nan_and_makes_infinities_nan(dtype):
+@pytest.mark.parametrize("came", ["bfloat16", "float32"])
+def test_to_float8_saturates_and_keeps_nan_and_infinities_are_told_by_the_mask_or_by_the_scale(dtype, came):
     top = LARGEST[dtype]
-    x = jnp.array([top * 1.01, top * 1e6, -HUGE, np.nan, np.inf, -np.inf, -0.0], jnp.float32)
+    x = jnp.array([top * 1.01, top * 1e6, -1e38, np.nan, -0.0, np.inf, -np.inf], came)
     q = np.asarray(to_float8(x, jnp.float32(1), dtype), np.float32)
-    assert q[:3].tolist() == [top, top, -top] and np.isnan(q[3:6]).all() and q[6] == 0 and np.signbit(q[6])
+    assert q[:3].tolist() == [top, top, -top] and np.isnan(q[3]) and q[4] == 0 and np.signbit(q[4])
+    assert q[5:].tolist() == [top, -top]
+    q = np.asarray(to_float8_or_nan(x, jnp.float32(1), dtype), np.float32)
+    assert q[:3].tolist() == [top, top, -top] and np.isnan(q[[3, 5, 6]]).all() and np.signbit(q[4])
+    for bad in (np.nan, np.inf, -np.inf):
+        x = jnp.array([1.0, bad], came)
+        assert np.isnan(np.asarray(to_float8(x, current_scale(largest(x), dtype), dtype), np.float32)).all()
 
 
 @both_formats
