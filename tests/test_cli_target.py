@@ -52,6 +52,7 @@ def test_a_function_gets_policy_seed_and_settings(program):
         ("no_such_experiment", [], None, "there are .*vision_digits"),
         ("numerics_underflow", [], None, "no job of its own"),
         ("mlp_jax", ["widht=3"], None, "no setting"),
+        ("mlp_jax", ["preset=h100"], None, "got --preset=h100; legal are none"),
         ("mlp_jax", [], "bf17", "bf17"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from experiments import _data
-from experiments._run.command import Policies, Refused, Rules, parse, policy_maps, start
+from experiments._run.command import Policies, Refused, Rules, parse, policy_maps, preset, start
 from experiments._run.comparison import compare, report
 from experiments._run.folder import RunFolder, open_folder
 from experiments._run.training import Plan, Trained, data_parallel, on_mesh, train
@@ -22,6 +22,7 @@ __all__ = [
     "open_folder",
     "parse",
     "policy_maps",
+    "preset",
     "report",
     "start",
     "train",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeAlias, TypeVar
 
 import tyro
@@ -28,11 +28,54 @@ class Refused(ValueError):
 
 
 def parse(config: type[C], note: str | None, args: list[str] | None = None, prog: str | None = None) -> C:
-    """The frozen config of an experiment from the command line: `--name=value`, and `--help` shows every field."""
+    """The frozen config of an experiment from the command line: `--name=value`, and `--help` shows every field.
+
+    Where the experiment has `PRESETS`, fields by name that belong together, `--preset=NAME` begins with those; what else is
+    given changes them.
+
+    Raises:
+      Refused: a preset that it has not.
+    """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("mpjax").setLevel(logging.INFO)  # of the libraries only warnings: Orbax tells thirty lines a save
     given = ["--resume=False" if arg == "--no-resume" else arg for arg in (sys.argv[1:] if args is None else args)]
-    return tyro.cli(config, description=note, args=given, prog=prog, config=(tyro.conf.FlagConversionOff,))
+    default, given = preset(config, given)
+    if presets := _presets(config):
+        note = f"{note or ''}\n{_told(presets)}"
+    return tyro.cli(
+        config, description=note, args=given, default=default, prog=prog, config=(tyro.conf.FlagConversionOff,)
+    )  # fmt: skip
+
+
+def preset(config: type[C], args: Sequence[str]) -> tuple[C, list[str]]:
+    """What the last `--preset=NAME` (or `--preset NAME`) means, the config's own defaults without one, and the other arguments.
+
+    Raises:
+      Refused: a preset that the experiment has not.
+    """
+    name, rest, words, presets = None, [], iter(args), _presets(config)
+    for word in words:
+        key, equals, value = word.partition("=")
+        if key == "--preset":
+            name = value if equals else next(words, "")
+        else:
+            rest.append(word)
+    if name is not None and name not in presets:
+        raise Refused(f"got --preset={name}; legal are {', '.join(presets) or 'none: this experiment has no presets'}")
+    return config(**presets.get(name or "", {})), rest
+
+
+def _presets(config: type) -> Mapping[str, Mapping[str, Any]]:
+    return getattr(sys.modules[config.__module__], "PRESETS", {})
+
+
+def _told(presets: Mapping[str, Mapping[str, Any]]) -> str:
+    """The presets as `--help` shows them."""
+    lines = ["Presets    --preset=NAME"]
+    for name, fields in presets.items():
+        shown = " ".join(f"--{key.replace('_', '-')}={value}" for key, value in fields.items())
+        lines.append(f"           {name}: {shown or 'the defaults below'}")
+    return "\n".join(lines)
 
 
 def start(

@@ -99,7 +99,7 @@ def _of_function(target: str, settings: Sequence[str]) -> JobFactory:
 
 def _of_experiment(name: str, settings: Sequence[str]) -> JobFactory:
     runner, experiment = load_experiment(name)
-    base = _config(name, experiment, settings)
+    base = _config(name, runner, experiment, settings)
 
     def make(policy: str | PolicyMap | None, seed: int | None) -> Job:
         import dataclasses
@@ -135,7 +135,7 @@ def training(target: str, settings: Sequence[str], policies: Sequence[str]) -> T
     if ":" in target:
         return Training(None, {}, list(policies))
     runner, experiment = load_experiment(target)
-    config = _config(target, experiment, settings)
+    config = _config(target, runner, experiment, settings)
     try:
         maps = [_policy_map(runner, experiment, policy) for policy in policies]
     except runner.Refused as error:
@@ -143,14 +143,17 @@ def training(target: str, settings: Sequence[str], policies: Sequence[str]) -> T
     return Training(config.steps, experiment.step_options(config), maps)
 
 
-def _config(name: str, experiment: Any, settings: Sequence[str]) -> Any:
+def _config(name: str, runner: Any, experiment: Any, settings: Sequence[str]) -> Any:
     if not hasattr(experiment, "make_job"):
         raise Refused(f"the experiment {name} has no job of its own to look at; others have: {experiment_names()}")
     try:
+        default, given = runner.preset(experiment.Config, [f"--{s}" for s in settings])
         return tyro.cli(
-            experiment.Config, args=[f"--{s}" for s in settings], prog=f"mpjax ... {name} --set",
+            experiment.Config, args=given, default=default, prog=f"mpjax ... {name} --set",
             config=(tyro.conf.FlagConversionOff,),
         )  # fmt: skip
+    except runner.Refused as error:
+        raise Refused(str(error)) from error
     except SystemExit as stopped:
         raise Refused("a --set names no setting of the experiment, see above") from stopped
 

@@ -37,6 +37,27 @@ def test_fields_are_overridden_by_name():
     assert (config.steps, config.policies, config.width) == (7, ("float32", "p=f32,c=bf16"), 64)
 
 
+def test_a_preset_changes_the_defaults_and_what_else_is_given_changes_the_preset(monkeypatch, capsys):
+    presets = {"cpu": {}, "h100": {"width": 512, "steps": 2000}}
+    monkeypatch.setattr(language_gpt, "PRESETS", presets, raising=False)
+
+    def parsed(*args):
+        return _run.parse(language_gpt.Config, None, list(args))
+
+    default = language_gpt.Config()
+    full = dataclasses.replace(default, width=512, steps=2000)
+    assert parsed() == parsed("--preset=cpu") == default
+    assert parsed("--preset=h100") == parsed("--preset", "h100") == full
+    assert parsed("--steps=7", "--preset=h100") == dataclasses.replace(full, steps=7)
+    with pytest.raises(SystemExit):
+        parsed("--help")
+    assert "h100: --width=512 --steps=2000" in capsys.readouterr().out
+    args = language_gpt.Config, language_gpt.main, None, ["--preset=tpu"]
+    assert _run.start(*args) == 2 and "got --preset=tpu; legal are cpu, h100" in capsys.readouterr().err
+    assert _run.start(mlp_jax.Config, mlp_jax.main, None, ["--preset"]) == 2
+    assert "this experiment has no presets" in capsys.readouterr().err
+
+
 def test_an_unknown_name_ends_with_2(capsys):
     with pytest.raises(SystemExit) as end:
         _run.parse(vision_digits.Config, None, ["--stepz=7"])
