@@ -124,6 +124,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module.partition(".")[0] == "pandas":
             return _Record
+        module = module.replace("numpy._core", "numpy.core")  # the same, as newer numpy names it
         if (module, name) not in _KNOWN:
             raise files.CorruptDataError(f"the table of ratings names {module}.{name}, which it has no use for")
         return _KNOWN[module, name]
