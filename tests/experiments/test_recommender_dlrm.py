@@ -55,6 +55,13 @@ def test_it_learns(tmp_path):
     assert 0 < row["test rmse"] < 2**0.5 / 3 and row["matrix FLOPs"]["bfloat16"] > 0.5
 
 
+@pytest.fixture(scope="module")
+def small(ratings):
+    """A job and its first state."""
+    job = make()
+    return job, jax.jit(job.state)(jax.random.key(0))
+
+
 def products(policy, **settings):
     """From path to the operand dtypes of its products in a train step, with their FLOPs, at the real widths."""
     job = make(policy, width=64, embedding=32, **settings)
@@ -101,9 +108,8 @@ def test_the_interaction_adds_up_in_float32():
     assert (out[0, :256] == v[0]).all() and out[0, 256:].tolist() == [512, 1024, 1024, 512, 512, 1024, *[0] * 10]
 
 
-def test_the_mean_over_genres_and_the_dense_features():
-    job = make()
-    params, _ = jax.jit(job.model.init)(jax.random.key(0), *job.sample)
+def test_the_mean_over_genres_and_the_dense_features(small):
+    params = small[1].params
     tables = recommender_dlrm.Tables(20, 24, 16)
     genres = np.zeros((2, 19), np.float32)
     genres[0, [2, 5]] = 1
@@ -160,10 +166,9 @@ def test_rmse_by_hand():
     assert found.dtype == jnp.float32 and float(found) == 2  # √(16 / 4)
 
 
-def test_an_evaluation_gives_the_metrics_of_all_that_is_held_out():
+def test_an_evaluation_gives_the_metrics_of_all_that_is_held_out(small):
     """Against numpy in float64, user by user, from the same predictions."""
-    job = make()
-    state = jax.jit(job.state)(jax.random.key(0))
+    job, state = small
     (batch,) = job.eval_batches
     inputs = (batch[k] for k in ("user", "film", "genres", "dense"))
     out = np.asarray(jax.jit(job.model.apply)(state.params, state.mstate, *inputs)[0], np.float64)

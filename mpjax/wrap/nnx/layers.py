@@ -50,8 +50,7 @@ def unfit(module: nnx.Module) -> str | None:
         return None
     if _has_own_dot(module):
         return "it has a product of its own"
-    general = isinstance(module, nnx.LinearGeneral)
-    batch = tuple(module.batch_axis.values()) if general else ()
+    batch = tuple(module.batch_axis.values()) if isinstance(module, nnx.LinearGeneral) else ()
     inner, outer = (np.atleast_1d(sizes).tolist() for sizes in (module.in_features, module.out_features))
     contracted = tuple(range(len(batch), len(batch) + len(inner)))
     return misfit((*batch, *inner, *outer), contracted, tuple(range(len(batch))))
