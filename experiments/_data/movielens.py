@@ -97,7 +97,7 @@ def read_frame(pickled: bytes) -> dict[str, np.ndarray]:
     """The columns of a pickled pandas DataFrame, without pandas.
 
     The file is pinned by its checksum, so there is one layout to know, and no release of pandas that might not read it any
-    more (100 MB, which nothing else here needs). What it names of pandas becomes a plain record, and nothing else but
+    more. Nothing else here needs pandas. What it names of pandas becomes a plain record, and nothing else but
     numpy's arrays is looked up, so it runs no code either.
     """
     frame = _Unpickler(io.BytesIO(pickled)).load()
