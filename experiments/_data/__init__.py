@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from experiments._data import files
 from experiments._data.files import CorruptDataError, MissingDataError
+from experiments._data.movielens import UNKNOWN, movielens
+from experiments._data.split import Split
 
-__all__ = ["CorruptDataError", "MissingDataError", "Split", "digits", "fashion_mnist", "shakespeare"]
-
-
-class Split(NamedTuple):
-    """Training and held-out examples, each a dict of arrays with a common leading axis."""
-
-    train: dict[str, np.ndarray]
-    test: dict[str, np.ndarray]
+__all__ = [
+    "UNKNOWN",
+    "CorruptDataError",
+    "MissingDataError",
+    "Split",
+    "digits",
+    "fashion_mnist",
+    "movielens",
+    "shakespeare",
+]
 
 
 def digits(seed: int, test_share: float = 0.2) -> Split:

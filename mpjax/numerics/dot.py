@@ -86,15 +86,31 @@ class QuantizedDot:
 
 
 def fits_tiles(weights: tuple[int, ...], numbers: Numbers) -> bool:
-    """Whether an eight-bit GEMM takes weights of this shape: both of its sizes are multiples of 16, and no axis is batch.
+    """Whether an eight-bit GEMM takes weights of this shape: see `misfit`.
 
     >>> fits_tiles((64, 4, 16), (((2,), (0,)), ((), ()))), fits_tiles((64, 10), (((1,), (0,)), ((), ())))
     (True, False)
     """
     (_, contracted), (_, batch) = numbers
+    return misfit(weights, contracted, batch) is None
+
+
+def misfit(weights: tuple[int, ...], contracted: tuple[int, ...], batch: tuple[int, ...] = ()) -> str | None:
+    """Why no eight-bit GEMM takes weights of this shape; None: one does, both sizes are multiples of 16 and no axis is batch.
+
+    Args:
+      weights: their shape.
+      contracted, batch: which of its axes are summed over, and which count products of their own.
+
+    >>> misfit((64, 10), (0,)), misfit((64, 4, 16), (0,))
+    ('64×10 is no multiple of 16', None)
+    """
+    if batch:
+        return "it has batch axes"
     inner = int(np.prod([weights[axis] for axis in contracted]))
     outer = int(np.prod(weights)) // max(inner, 1)
-    return not batch and inner > 0 and inner % TILE == 0 and outer > 0 and outer % TILE == 0
+    fits = inner > 0 and inner % TILE == 0 and outer > 0 and outer % TILE == 0
+    return None if fits else f"{inner}×{outer} is no multiple of {TILE}"
 
 
 def plain(dimension_numbers: Any) -> Numbers:

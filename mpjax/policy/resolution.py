@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import numpy as np
 
@@ -54,6 +55,7 @@ def resolution_table(
     sites: Sites,
     scanned: frozenset[str] = frozenset(),
     rounded_at: Callable[[str], str | None] = lambda path: None,
+    unfit: Mapping[str, str] = MappingProxyType({}),
 ) -> Table:
     """The table of a policy map over the modules of one model.
 
@@ -62,6 +64,7 @@ def resolution_table(
       sites: the class at each path, in calling order.
       scanned: paths whose layers are one traced body.
       rounded_at: for a path where `output=` acts, the ancestor that rounds the result all the same (None: nobody).
+      unfit: for each dense layer that no `dot=` recipe reaches, the reason that lies in itself: its sizes, for one.
     """
     rows = []
     for path, cls in sites.items():
@@ -74,7 +77,8 @@ def resolution_table(
         if found.policy.dot is not None and is_dense(cls):
             recipe = rules.dot_at(path, sites)
             kept = keeping_dtype(path)
-            notes.append(f"dot={recipe}" if recipe else f"dot=none: {kept[0]!r} is head or embedding")
+            why = unfit.get(path) if recipe else f"{kept[0]!r} is head or embedding"
+            notes.append(f"dot={recipe}" if why is None else f"dot=none: {why}")
         rounds = rounded_at(path) if found.rule.hands_back else None
         if rounds is not None and not rules.resolve(rounds, sites).rule.hands_back:
             notes.append(f"rounded at {rounds!r}: name it with output= too")

@@ -266,3 +266,36 @@ def test_explain_tells_of_a_users_own_layer_that_no_recipe_reaches_it():
     table = mpjax.wrap(zoo.LM(), "mixed_fp8").explain(zoo.TOKENS)
     lines = {line.split()[0]: line for line in table.splitlines() if line.strip()}
     assert "dot=fp8" in lines["layers/0/up"] and "dot=" not in lines["layers/0/down"]
+
+
+@both_doors
+def test_explain_says_it_of_the_layers_that_multiply_so_and_why_of_the_others(door):
+    """Against the products in the jaxpr: a layer of odd sizes, one inside a vmapped stack, one with its own product."""
+    if door == "linen":
+        odd, general = nn.Dense(10), nn.DenseGeneral((2, 8), axis=(-2, -1))
+        stacked, general_odd = zoo.Mapped(), nn.DenseGeneral((2, 5), axis=(-2, -1))
+        batched, owned = nn.DenseGeneral(16, batch_dims=(0,)), nn.Dense(32, dot_general=own)
+    else:
+
+        def of(cls, *args, **more):
+            return lambda rngs: cls(*args, rngs=rngs, **more)
+
+        odd, general = of(nnx.Linear, 32, 10), of(nnx.LinearGeneral, (4, 32), (2, 8), axis=(-2, -1))
+        stacked, general_odd = of(zoo_nnx.Mapped), of(nnx.LinearGeneral, (4, 32), (2, 5), axis=(-2, -1))
+        batched, owned = of(nnx.LinearGeneral, 32, 16, batch_axis={0: 4}), of(nnx.Linear, 32, 32, dot_general=own)
+    notes = []
+    for module, sample in (
+        (odd, X), (general, X[None]), (general_odd, X[None]), (batched, jnp.stack([X] * 4)), (owned, X), (stacked, zoo.SEQUENCE),
+    ):  # fmt: skip
+        products_at = found_in(module, "mixed_fp8", sample)
+        table = mpjax.wrap(module, "mixed_fp8").table(sample)
+        told = {row.path: row.note for row in table.rows if "dot=" in row.note}
+        assert told and {p for p, note in told.items() if note == "dot=fp8"} == {
+            path for path, counts in products_at.items() if F8 in counts
+        }
+        notes += told.values()
+    assert notes[:5] == [
+        "dot=none: 32×10 is no multiple of 16", "dot=fp8", "dot=none: 128×10 is no multiple of 16",
+        "dot=none: it has batch axes", "dot=none: it has a product of its own",
+    ]  # fmt: skip
+    assert set(notes[5:]) == {"dot=fp8"}  # the axis along which layers are stacked is none of their sizes

@@ -18,7 +18,7 @@ from mpjax.policy.resolution import Table, resolution_table
 from mpjax.policy.rules import PolicyMap
 from mpjax.wrap.arguments import call_arguments
 from mpjax.wrap.linen.calls import Interceptor
-from mpjax.wrap.linen.layers import in_full_if_it_runs, init_in_full, takes_delayed
+from mpjax.wrap.linen.layers import in_full_if_it_runs, init_in_full, takes_delayed, unfit
 from mpjax.wrap.linen.sites import Sites, record
 from mpjax.wrap.reserved import apart, reserved
 
@@ -37,7 +37,7 @@ def wrap_linen(module: nn.Module, rules: PolicyMap, streams: tuple[str, ...]) ->
 
     def sites_of(key: Any, call: Callable[[], Any], params: Params = None) -> Sites:
         if key not in known:
-            found = in_full_if_it_runs(lambda: record(call), rules)
+            found = in_full_if_it_runs(lambda: record(call, unfit), rules)
             rules.check(dict.fromkeys(_module_paths(params)) | found.classes, frozenset(found.scanned))
             known[key] = found
         return known[key]
@@ -86,7 +86,7 @@ def wrap_linen(module: nn.Module, rules: PolicyMap, streams: tuple[str, ...]) ->
     def table(*args: Any, **kwargs: Any) -> Table:
         key, run = init_call(jax.random.key(0), args, kwargs)
         sites = sites_of(key, run)
-        return resolution_table(rules, sites.classes, frozenset(sites.scanned), sites.rounded_at)
+        return resolution_table(rules, sites.classes, frozenset(sites.scanned), sites.rounded_at, sites.unfit)
 
     def cast_params(params: Params) -> Params:
         classes = {path: cls for sites in known.values() for path, cls in sites.classes.items()}

@@ -13,7 +13,7 @@ from flax import linen as nn
 from mpjax.core.tree import cast_floating
 from mpjax.numerics.attention import attention, warn_of_float16_on_cpu
 from mpjax.numerics.delayed import DelayedDot
-from mpjax.numerics.dot import QuantizedDot
+from mpjax.numerics.dot import QuantizedDot, misfit
 from mpjax.policy.rules import PolicyMap
 from mpjax.wrap.linen.sites import module_path
 
@@ -66,6 +66,18 @@ def fields_for(module: nn.Module, compute: np.dtype, dot: str | None = None) -> 
         fields["dot_general"] = DelayedDot(module_path(module)) if dot == "fp8_delayed" else QuantizedDot(dot)
     warn_of_float16_on_cpu(getattr(module, "attention_fn", None), compute)
     return fields
+
+
+def unfit(module: nn.Module, method: str) -> str | None:
+    """Why this layer, whose call has just run, multiplies in its compute dtype under every recipe; None: it does not, or
+    is not dense."""
+    if not isinstance(module, DENSE) or method != "__call__" or not module.has_variable("params", "kernel"):
+        return None
+    if _has_own_dot(module):
+        return "it has a product of its own"
+    axes, batch = (module.axis, module.batch_dims) if isinstance(module, nn.DenseGeneral) else ((-1,), ())
+    batch, contracted = tuple(range(np.size(batch))), tuple(range(np.size(batch), np.size(batch) + np.size(axes)))
+    return misfit(nn.unbox(module.get_variable("params", "kernel")).shape, contracted, batch)
 
 
 def takes_delayed(rules: PolicyMap, path: str, classes: dict[str, type], cls: type) -> bool:

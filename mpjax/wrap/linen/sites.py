@@ -24,11 +24,13 @@ _LIFTED_NAME = re.compile(r"((?:Scan|Checkpoint|Remat|Jit|Vmap)+)[A-Z_]")
 class Sites:
     """Classes by canonical path in calling order, and the paths of lifted modules with the names of the transforms.
 
-    A transform that decorates a method, not a class, leaves no name behind: it is called `"method"`.
+    A transform that decorates a method, not a class, leaves no name behind: it is called `"method"`. For the layers that no
+    `dot=` recipe reaches, `unfit` has the reason.
     """
 
     classes: dict[str, type] = dataclasses.field(default_factory=dict)
     lifted: dict[str, set[str]] = dataclasses.field(default_factory=dict)
+    unfit: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def scanned(self) -> set[str]:
@@ -48,8 +50,15 @@ class Sites:
         return None
 
 
-def record(call: Callable[[], Any]) -> Sites:
-    """The sites that `call` visits; nothing is computed."""
+def record(
+    call: Callable[[], Any], unfit: Callable[[nn.Module, str], str | None] = lambda module, method: None
+) -> Sites:
+    """The sites that `call` visits; nothing is computed.
+
+    Args:
+      call: runs the module.
+      unfit: asked of a module and its method behind each call; what it answers stands in the sites.
+    """
     sites, visits = Sites(), itertools.count()
     this_record = object()  # itself, not its id: jax's cache keeps the key, and an id is given away again
     callers: list[str] = []
@@ -67,9 +76,12 @@ def record(call: Callable[[], Any]) -> Sites:
         sites.classes.setdefault(path, cls)
         callers.append(path)
         try:
-            return next_fun(*args, **kwargs)
+            out = next_fun(*args, **kwargs)
         finally:
             callers.pop()
+        if (why := unfit(module, context.method_name)) is not None:
+            sites.unfit[path] = why
+        return out
 
     visits_key: list[Any] = []
     try:

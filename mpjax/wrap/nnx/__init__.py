@@ -17,7 +17,7 @@ from mpjax.policy.resolution import Table, resolution_table
 from mpjax.policy.rules import PolicyMap
 from mpjax.wrap.arguments import call_arguments
 from mpjax.wrap.nnx.calls import SITE, bordered, probed_by, read_in_stream, running
-from mpjax.wrap.nnx.layers import attributes_for, takes_delayed
+from mpjax.wrap.nnx.layers import attributes_for, takes_delayed, unfit
 from mpjax.wrap.nnx.leaves import Leaves
 from mpjax.wrap.nnx.sites import Graph, Site, plan_sites, read_graph
 from mpjax.wrap.reserved import apart, reserved
@@ -39,6 +39,7 @@ def wrap_nnx(source: nnx.Module | Callable[..., nnx.Module], rules: PolicyMap) -
     leaves = Leaves(sample)
     delayed = [sites[id(m.node)].path for m in graph.modules if takes_delayed(m.node, sites[id(m.node)])]
     classes, plain = graph.classes, nnx.graphdef(sample)
+    misfits = {path: why for m in graph.modules if (why := unfit(m.node)) is not None for path in m.owners}
     instrument(graph, sites)
     instrumented = nnx.graphdef(sample)
     del sample, graph  # only the structure is needed from here on
@@ -70,7 +71,7 @@ def wrap_nnx(source: nnx.Module | Callable[..., nnx.Module], rules: PolicyMap) -
         return out, leaves.updated(module, mstate, keep_rngs=rng is not None) | kept
 
     def table(*args: Any, **kwargs: Any) -> Table:
-        return resolution_table(rules, classes)
+        return resolution_table(rules, classes, unfit=misfits)
 
     def cast_params(params: Params) -> Params:
         return cast_by_path(params, lambda path: policy_at(path).compute_dtype)

@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from mpjax.numerics.attention import attention, warn_of_float16_on_cpu
 from mpjax.numerics.delayed import DelayedDot
-from mpjax.numerics.dot import QuantizedDot
+from mpjax.numerics.dot import QuantizedDot, misfit
 from mpjax.wrap.nnx.sites import Site
 
 UPCASTING_NORMS = (nnx.BatchNorm, nnx.GroupNorm, nnx.InstanceNorm, nnx.LayerNorm, nnx.RMSNorm)
@@ -38,6 +39,21 @@ def attributes_for(module: nnx.Module, site: Site) -> dict[str, Any]:
         attributes["dot_general"] = DelayedDot(site.path) if dot == "fp8_delayed" else QuantizedDot(dot)
     warn_of_float16_on_cpu(getattr(module, "attention_fn", None), compute)
     return attributes
+
+
+def unfit(module: nnx.Module) -> str | None:
+    """Why this layer multiplies in its compute dtype under every recipe; None: it does not, or is not dense.
+
+    Its sizes are those that it was built with: the kernel of a stack, made by `nnx.vmap`, has an axis more.
+    """
+    if not isinstance(module, DENSE):
+        return None
+    if _has_own_dot(module):
+        return "it has a product of its own"
+    batch = tuple(module.batch_axis.values()) if isinstance(module, nnx.LinearGeneral) else ()
+    inner, outer = (np.atleast_1d(sizes).tolist() for sizes in (module.in_features, module.out_features))
+    contracted = tuple(range(len(batch), len(batch) + len(inner)))
+    return misfit((*batch, *inner, *outer), contracted, tuple(range(len(batch))))
 
 
 def takes_delayed(module: nnx.Module, site: Site) -> bool:
