@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 from pathlib import Path
+from typing import Any
 
 from experiments._data import files
 
@@ -16,7 +17,7 @@ SHA256 = {
 }
 """From file to the checksum of its content."""
 
-SIZES = {"pieces": 30522, "positions": 512, "width": 384, "depth": 6, "heads": 12}
+SIZES: dict[str, Any] = {"pieces": 30522, "positions": 512, "width": 384, "depth": 6, "heads": 12}
 """Of the published encoder, by the names of the fields of the one in `experiments.language_finetune`."""
 
 PER_HEAD = ("transpose", "reshape")

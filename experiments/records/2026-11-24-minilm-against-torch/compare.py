@@ -43,10 +43,8 @@ def by_flax() -> list[np.ndarray]:
 
 
 single, ours, double = by_torch(torch.float32), by_flax(), by_torch(torch.float64)
-print(
-    "| after | largest activation | Flax − torch, in float32 | relative to it | Flax − torch in float64 | torch − torch in float64 |"
-)
-print("|---|---|---|---|---|---|")
+columns = ("after", "largest activation", "Flax − torch, in float32", "relative to it", "Flax − torch in float64")
+print(f"| {' | '.join((*columns, 'torch − torch in float64'))} |\n|---|---|---|---|---|---|")
 for layer, (t, f, d) in enumerate(zip(single, ours, double, strict=True)):
     top, apart = np.abs(t).max(), np.abs(f - t).max()
     name = f"layer {layer - 1}" if layer else "embeddings"
