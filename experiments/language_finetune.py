@@ -41,7 +41,7 @@ class Config:
     """Policy strings, or by_path for the map above; the first is the reference."""
     rules: _run.Rules = ()
     """A policy map of your own, trained as one more policy; what no pattern names is mixed_bfloat16. Repeat it."""
-    steps: int = 120
+    steps: int = 80
     """Optimizer steps for each policy."""
     batch_size: int = 16
     """Sentences a step."""
@@ -59,7 +59,7 @@ class Config:
     """At most so many to train on, evenly spaced in the corpus; None (h100) for all."""
     eval_sentences: int | None = 512
     """At most so many of the held-out ones, likewise."""
-    eval_every: int = 60
+    eval_every: int = 40
     """Steps between evaluations."""
     seed: int = 0
     """The head's init and the order of the data are derived from it (mpjax.seeds)."""
