@@ -8,8 +8,20 @@ import numpy as np
 
 from experiments._data import files
 from experiments._data.files import CorruptDataError, MissingDataError
+from experiments._data.fsdd import Recordings, Spoken, spoken_digits, strings
 
-__all__ = ["CorruptDataError", "MissingDataError", "Split", "digits", "fashion_mnist", "shakespeare"]
+__all__ = [
+    "CorruptDataError",
+    "MissingDataError",
+    "Recordings",
+    "Split",
+    "Spoken",
+    "digits",
+    "fashion_mnist",
+    "shakespeare",
+    "spoken_digits",
+    "strings",
+]
 
 
 class Split(NamedTuple):
