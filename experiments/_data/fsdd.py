@@ -80,7 +80,7 @@ def strings(
     Args:
       recordings: of single digits.
       chosen: for each string which recordings, at most six; those that would end after `seconds` are left out.
-      random: draws silences, speeds and the noise under all (−60 dB: a digital silence tells where a recording ends).
+      random: draws silences, speeds and the noise under all (−40 dB: a digital silence tells where a recording ends).
       seconds: of every string; what is left over is padding.
       stretch: each string is played faster or slower by up to this share, as if by a smaller or taller speaker.
       masked: twice, up to so many neighbouring bands of each string are set to 0 (Park et al., SpecAugment, 2019).

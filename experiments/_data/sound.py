@@ -43,7 +43,8 @@ def log_mel(sound_BxN: np.ndarray, rate: int) -> np.ndarray:
     size = 1 << (width - 1).bit_length()
     spectrum_BxTxF = scipy.fft.rfft(window_BxTxW * np.hanning(width).astype(np.float32), size)
     power_BxTxF = np.square(spectrum_BxTxF.real) + np.square(spectrum_BxTxF.imag)
-    return np.log(power_BxTxF @ mel_filters(rate, size) + np.float32(1e-6))
+    flat_NxM = power_BxTxF.reshape(-1, power_BxTxF.shape[-1]) @ mel_filters(rate, size)  # one product, not one a row
+    return np.log(flat_NxM + np.float32(1e-6)).reshape(*power_BxTxF.shape[:2], BANDS)
 
 
 @functools.cache
