@@ -8,6 +8,7 @@ import numpy as np
 
 from experiments._data import brown, files, minilm
 from experiments._data.files import CorruptDataError, MissingDataError
+from experiments._data.fsdd import Recordings, Spoken, spoken_digits, strings
 from experiments._data.movielens import UNKNOWN, movielens
 from experiments._data.split import Split
 
@@ -15,13 +16,17 @@ __all__ = [
     "UNKNOWN",
     "CorruptDataError",
     "MissingDataError",
+    "Recordings",
     "Split",
+    "Spoken",
     "brown",
     "digits",
     "fashion_mnist",
     "minilm",
     "movielens",
     "shakespeare",
+    "spoken_digits",
+    "strings",
     "tagged_sentences",
 ]
 
