@@ -8,8 +8,17 @@ import numpy as np
 
 from experiments._data import files
 from experiments._data.files import CorruptDataError, MissingDataError
+from experiments._data.scenes import compose_scenes
 
-__all__ = ["CorruptDataError", "MissingDataError", "Split", "digits", "fashion_mnist", "shakespeare"]
+__all__ = [
+    "CorruptDataError",
+    "MissingDataError",
+    "Split",
+    "compose_scenes",
+    "digits",
+    "fashion_mnist",
+    "shakespeare",
+]
 
 
 class Split(NamedTuple):
