@@ -5,7 +5,8 @@ Model      U-Net (Ronneberger et al., 2015): two 3×3 convolutions a level, max 
            over the channels, nearest upsampling and the features from the way down beside it. No transposed
            convolution, whose uneven overlaps draw checkerboards (Odena et al., 2016). GroupNorm (Wu and He, 2018).
 Data       scenes of two to five items of Fashion-MNIST at random places over one another, on a noisy background; the
-           label of a pixel is the class of the item that is seen there, or background: 11 classes.
+           label of a pixel is the class of the item that is seen there, or background: 11 classes. Here items are 14 × 14
+           in scenes of 32 × 32, in full size 28 × 28 in 64 × 64.
            `python -m experiments._data fashion_mnist` fetches the items. Held-out scenes show held-out items.
 Batches    scenes are composed when they are asked for, a pure function of (seed, attempt).
 Policies   float32; mixed_bfloat16; mixed_float16 with a dynamic loss scale; mixed_fp8, in which only the dense layers of the
@@ -56,12 +57,14 @@ class Config:
     """Policy strings, or by_path for the map above; the first is the reference."""
     rules: _run.Rules = ()
     """A policy map of your own, trained as one more policy; what no pattern names is mixed_bfloat16. Repeat it."""
-    steps: int = 200
+    steps: int = 600
     """Optimizer steps for each policy."""
     batch_size: int = 8
     """Scenes a step."""
-    size: int = 64
+    size: int = 32
     """Side of a scene in pixels; a multiple of 2 to the levels less one."""
+    shrink: int = 2
+    """Each item is this many times smaller than its 28 pixels, by means over squares; 1, 2, 4 or 7."""
     learning_rate: float = 3e-3
     """Peak of the cosine schedule, after warm-up over a tenth of the steps."""
     weight_decay: float = 1e-2
@@ -72,9 +75,9 @@ class Config:
     """Channels of the first level, a multiple of 16 where float8 is to multiply; each level has twice those above it."""
     levels: int = 3
     """Resolutions, each half of the one above it."""
-    eval_every: int = 100
+    eval_every: int = 200
     """Steps between evaluations."""
-    eval_scenes: int = 128
+    eval_scenes: int = 256
     """Held-out scenes, read in parts of 32 or fewer."""
     seed: int = 0
     """Init, batches and rng are derived from it (mpjax.seeds)."""
@@ -95,8 +98,8 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {},
     "h100": {
-        "width": 32, "levels": 4, "batch_size": 64, "steps": 6000, "eval_every": 1000, "eval_scenes": 2048,
-        "learning_rate": 1e-3,
+        "size": 64, "shrink": 1, "width": 32, "levels": 4, "batch_size": 64, "steps": 6000, "eval_every": 1000,
+        "eval_scenes": 2048, "learning_rate": 1e-3,
     },
 }  # fmt: skip
 """What the named sizes change of the defaults."""
@@ -149,6 +152,14 @@ class UNet(nnx.Module):
         return self.head(x)
 
 
+def shrunk(items, times: int):
+    """Items whose pictures are this many times smaller: each pixel the mean of a square."""
+    image_NxHxWx1 = items["image"]
+    rows, height, width, _ = image_NxHxWx1.shape
+    squares = image_NxHxWx1.reshape(rows, height // times, times, width // times, times, 1)
+    return {**items, "image": squares.mean((2, 4))}
+
+
 def confusion(logits_BxHxWxC, label_BxHxW):
     """How many pixels of each class (row) are said to be of each class (column): int32, so that no count is rounded."""
     classes = logits_BxHxWxC.shape[-1]
@@ -165,11 +176,11 @@ def mean_iou(pixels_CxC):
 
 def make_job(config: Config, policy: mpjax.PolicyMap) -> mpjax.Job:
     """The model, its loss, its optimizer and its data under one policy."""
-    data = _data.fashion_mnist()
+    train, test = (shrunk(part, config.shrink) for part in _data.fashion_mnist())
     model = mpjax.wrap(lambda rngs: UNet(config.width, config.levels, rngs=rngs), policy)
 
     def batches(attempt: int):
-        return _data.compose_scenes(data.train, config.batch_size, (config.seed, attempt), size=config.size)
+        return _data.compose_scenes(train, config.batch_size, (config.seed, attempt), size=config.size)
 
     def loss_fn(params, mstate, batch, rng):
         logits, mstate = model.apply(params, mstate, batch["image"], rng=rng)
@@ -189,7 +200,7 @@ def make_job(config: Config, policy: mpjax.PolicyMap) -> mpjax.Job:
         accuracy = jnp.trace(pixels_CxC) / pixels_CxC.sum()
         return {"loss": loss_P.mean(), "accuracy": accuracy, "mean_iou": mean_iou(pixels_CxC)}
 
-    held_out = _data.compose_scenes(data.test, config.eval_scenes, HELD_OUT, size=config.size)
+    held_out = _data.compose_scenes(test, config.eval_scenes, HELD_OUT, size=config.size)
     parts = next(n for n in range(-(-config.eval_scenes // 32), config.eval_scenes + 1) if config.eval_scenes % n == 0)
     schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.steps // 10, config.steps)
     return mpjax.Job(
