@@ -50,7 +50,11 @@ def test_the_background_is_noise_around_a_level_of_each_scene():
     assert scenes["image"].min() == -1 and scenes["image"].max() <= 1
     means = [image[label == 0].mean() for image, label in zip(scenes["image"], scenes["label"], strict=True)]
     assert -1 < min(means) < -0.8 and -0.1 < max(means) < 0.1
-    bright = [image[label == 0] for image, label, mean in zip(scenes["image"], scenes["label"], means, strict=True) if mean > -0.3]
+    bright = [
+        image[label == 0]
+        for image, label, mean in zip(scenes["image"], scenes["label"], means, strict=True)
+        if mean > -0.3
+    ]
     assert all(0.2 < rest.std() < 0.3 for rest in bright)
 
 
