@@ -10,6 +10,7 @@ from experiments._data import brown, files, minilm
 from experiments._data.files import CorruptDataError, MissingDataError
 from experiments._data.fsdd import Recordings, Spoken, spoken_digits, strings
 from experiments._data.movielens import UNKNOWN, movielens
+from experiments._data.scenes import compose_scenes
 from experiments._data.split import Split
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Split",
     "Spoken",
     "brown",
+    "compose_scenes",
     "digits",
     "fashion_mnist",
     "minilm",

@@ -86,3 +86,16 @@ def test_fashion_mnist_goes_through(tmp_path, monkeypatch):
     assert [len(batch["label"]) for batch in job.eval_batches] == [1000, 1000]
     shapes = jax.eval_shape(job.step().pure, jax.eval_shape(job.state, jax.random.key(0)), job.batches(0))
     assert shapes[1]["accuracy"].shape == ()
+
+
+def test_float8_leaves_convolutions_and_the_map_widens_the_ends():
+    """Stem and head are about a hundredth of the products at the default size."""
+    found = {}
+    for name in ("mixed_fp8", "by_path"):
+        policy = _run.policy_maps((name,), by_path=vision_resnet_nnx.BY_PATH)[name]
+        job = vision_resnet_nnx.make_job(Config(), policy)
+        found[name] = audit(job.step().pure, jax.eval_shape(job.state, jax.random.key(0)), job.batches(0))
+    assert set(found["mixed_fp8"].flops_by_dtype()) == {"bfloat16"}
+    wide = {op.path for op in found["by_path"].ops if op.flops and op.operands[0] == "float32"}
+    assert wide == {"stem", "head"} and 0 < found["by_path"].share("float32") < 0.02
+    assert found["by_path"].share("float32", "bfloat16") == 1
