@@ -74,4 +74,4 @@ docs: setup
 
 clean:
 	rm -rf .venv .venv-* build dist docs/site runs .mypy_cache .ruff_cache .pytest_cache
-	find mpjax experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find docs mpjax experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +
