@@ -1,7 +1,7 @@
 # Two commands on a fresh machine with python3 >= 3.11 (and its venv module) and make:
 #   make run     sets up .venv, runs the main job             ACCELERATOR=cuda13 (cuda12, tpu) where there is one
 #   make test    sets up .venv; ruff, mypy, the whole suite   PYTHON=python3.12 for another Python
-# Also: setup, lint, lock, notebooks, clean. ARGS is passed on: make run ARGS=--help, make test ARGS='-k wrap'.
+# Also: setup, lint, lock, notebooks, docs, clean. ARGS is passed on: make run ARGS=--help, make test ARGS='-k wrap'.
 
 PYTHON ?= python3
 ACCELERATOR ?=
@@ -28,7 +28,7 @@ ifeq ($(ACCELERATOR),)
 export JAX_PLATFORMS ?= cpu
 endif
 
-.PHONY: run test setup lint lock notebooks clean
+.PHONY: run test setup lint lock notebooks docs clean
 
 run: setup
 	$(BIN)/python -m experiments.vision_digits $(ARGS)
@@ -68,6 +68,10 @@ lock: $(MADE)
 notebooks: setup
 	$(BIN)/jupytext --quiet --update --to ipynb notebooks/*.py
 
+# The API reference, from the docstrings; open docs/site/index.html.
+docs: setup
+	$(BIN)/python -m docs.reference docs/site
+
 clean:
-	rm -rf .venv .venv-* build dist runs .mypy_cache .ruff_cache .pytest_cache
-	find mpjax experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf .venv .venv-* build dist docs/site runs .mypy_cache .ruff_cache .pytest_cache
+	find docs mpjax experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +

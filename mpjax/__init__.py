@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0.dev0"
+"""The version of this package, as pip reads it."""
 
 # The whole public surface: from room to names, then the names that are rooms themselves. (`mpjax.wrap` is a package
 # that can be called, since importing it binds its name here.) The block under TYPE_CHECKING says the same to type

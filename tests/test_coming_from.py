@@ -1,7 +1,7 @@
 """Every block of docs/coming_from.md runs, and the two sides agree and differ as it says.
 
-PyTorch is not installed with this project. What is said of its scale is held to a model of its rule here, and that model and
-the PyTorch block to PyTorch itself where there is one.
+PyTorch, Lightning and Keras are not installed with this project. What is said of their scales is held to a model of their
+rules here, and the models and their blocks to the libraries themselves where these are installed.
 """
 
 from __future__ import annotations
@@ -89,12 +89,16 @@ def moved(names: dict) -> bool:
     return not np.array_equal(start["mix"]["kernel"], params_of(names)["mix"]["kernel"])
 
 
+# Their side needs a library that is not installed here.
+ELSEWHERE = ["torch.amp", "keras.mixed_precision", "lightning.Trainer"]
+
+
 def test_each_section_has_two_sides():
-    assert list(PAIRS) == ["jmp", "flax.training.dynamic_scale", "dtype=` on each layer", "torch.amp"]
+    assert list(PAIRS) == ["jmp", "flax.training.dynamic_scale", "dtype=` on each layer", *ELSEWHERE]
     assert all(len(pair) == 2 and "mpjax" in pair[1] and "mpjax" not in pair[0] for pair in PAIRS.values())
 
 
-@pytest.mark.parametrize("section", [name for name in PAIRS if name != "torch.amp"])
+@pytest.mark.parametrize("section", [name for name in PAIRS if name not in ELSEWHERE])
 def test_both_sides_run_as_they_stand(section):
     for side in ("theirs", "ours"):
         assert moved(run(section, side))
@@ -312,3 +316,108 @@ def test_a_skipped_step_of_pytorch_has_changed_the_running_averages(torch):
     scaler.step(optimizer)
     scaler.update()
     assert torch.equal(before, norm.weight) and not torch.isfinite(norm.running_mean).all()
+
+
+# keras.mixed_precision
+
+
+def kerass_rule(scale: np.float32, good: int, finite: bool) -> tuple[np.float32, int]:
+    """`LossScaleOptimizer`, as Keras 3 has it: no bound but those of float32."""
+    with np.errstate(over="ignore", under="ignore"):
+        if not finite:
+            return scale * np.float32(0.5), 0
+        return (scale * np.float32(2.0), 0) if good == INTERVAL - 1 else (scale, good + 1)
+
+
+def trajectory_of_keras(flags=FLAGS, scale=START) -> list[float]:
+    scale, good, scales = np.float32(scale), 0, []
+    for finite in flags:
+        scale, good = kerass_rule(scale, good, finite)
+        scales.append(float(scale))
+    return scales
+
+
+def test_our_scale_follows_kerass_rule_within_its_bounds():
+    assert our_trajectory() == trajectory_of_keras()
+    up, down = [True] * 2 * INTERVAL, [False] * 2
+    assert trajectory_of_keras(up, 2.0**127)[-1] == np.inf and our_trajectory(up, 2.0**23)[-1] == 2.0**24
+    assert trajectory_of_keras(down, 2.0**-149)[-1] == 0 and our_trajectory(down, 2.0**-13)[-1] == 2.0**-14
+
+
+def test_a_rule_stands_for_dtype_float32_on_kerass_last_layer():
+    names = run("keras.mixed_precision", "ours")
+    assert moved(names) and int(names["state"].step) == 3
+    scale = names["state"].loss_scale
+    assert float(scale.loss_scale) == 2.0**15 and scale.period == 2000
+    found = gradient(names)
+    assert found.share("float16", "float32") == 1 and 0 < found.share("float32") < 0.5
+    logits, _ = jax.eval_shape(names["model"].apply, names["state"].params, {}, names["batch"]["image"])
+    assert logits.dtype == np.float32
+
+
+@pytest.fixture
+def keras(monkeypatch) -> Iterator[types.ModuleType]:
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    keras = pytest.importorskip(
+        "keras", minversion="3.0", reason="Keras is not installed; it is no dependency of mpjax"
+    )
+    yield keras
+    keras.mixed_precision.set_global_policy("float32")
+
+
+def test_kerass_block_runs_and_its_scale_follows_the_rule(keras):
+    names: dict = {}
+    exec(compile(PAIRS["keras.mixed_precision"][0], "docs/coming_from.md, keras, theirs", "exec"), names)
+    net = names["net"]
+    assert isinstance(net.optimizer, keras.optimizers.LossScaleOptimizer) and int(net.optimizer.iterations.value) == 3
+    assert [layer.compute_dtype for layer in net.layers] == ["float16", "float32"]
+    inner = keras.optimizers.SGD(1.0)
+    scaler = keras.optimizers.LossScaleOptimizer(inner, initial_scale=START, dynamic_growth_steps=INTERVAL)
+    scaler.build([keras.Variable(np.float32(1.0))])
+    at = [variable is scaler.dynamic_scale for variable in scaler.variables].index(True)
+    weights, values, scales = [jnp.float32(1.0)], [variable.value for variable in scaler.variables], []
+    for finite in FLAGS:
+        gradient = values[at] * (1.0 if finite else jnp.inf)
+        weights, values = scaler.stateless_apply(values, [gradient], weights)
+        scales.append(float(values[at]))
+    assert scales == trajectory_of_keras()
+    assert float(weights[0]) == 1.0 - sum(FLAGS)
+
+
+def test_a_skipped_step_of_keras_has_changed_the_moving_averages(keras):
+    keras.mixed_precision.set_global_policy("mixed_float16")
+    norm, head = keras.layers.BatchNormalization(), keras.layers.Dense(2, dtype="float32")
+    net = keras.Sequential([keras.Input((2,)), norm, head])
+    net.compile(optimizer=keras.optimizers.SGD(1.0), loss="mse")
+    before = [np.array(weight.value) for weight in head.weights]
+    net.fit(np.array([[1.0, np.inf], [2.0, 3.0]], np.float32), np.ones((2, 2), np.float32), verbose=0)
+    assert all(np.array_equal(old, weight.value) for old, weight in zip(before, head.weights, strict=True))
+    assert int(net.optimizer.iterations.value) == 0 and not np.isfinite(norm.moving_mean.value).all()
+
+
+def test_bfloat16_has_no_scale_in_keras(keras):
+    keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    net = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+    net.compile(optimizer="adam", loss="mse")
+    assert isinstance(net.optimizer, keras.optimizers.Adam)
+
+
+# lightning.Trainer
+
+
+def test_our_side_of_lightning_takes_three_steps():
+    names = run("lightning.Trainer", "ours")
+    assert moved(names) and int(names["state"].step) == 3
+    assert set(gradient(names).flops_by_dtype()) == {"float16"}
+
+
+@pytest.mark.filterwarnings("ignore")  # of few workers, of short epochs: Lightning's advice on a run of three steps
+def test_lightnings_block_runs_without_a_scaler_on_a_cpu(torch, tmp_path):
+    pytest.importorskip("lightning", reason="Lightning is not installed; it is no dependency of mpjax")
+    code = PAIRS["lightning.Trainer"][0].replace('"cuda"', '"cpu"')
+    code = code.replace("max_steps=3", f"max_steps=3, logger=False, default_root_dir={str(tmp_path)!r}")
+    names: dict = {}
+    exec(compile(code, "docs/coming_from.md, lightning, theirs", "exec"), names)
+    plugin = names["trainer"].precision_plugin
+    assert names["trainer"].global_step == 3 and plugin.precision == "bf16-mixed" and plugin.scaler is None
+    assert names["lightning"].pytorch.plugins.MixedPrecision("16-mixed", "cpu").scaler.get_scale() == 2.0**16

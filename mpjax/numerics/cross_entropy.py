@@ -21,7 +21,7 @@ def softmax_cross_entropy(
     label_smoothing: float = 0.0,
     weights: ArrayLike | None = None,
     z_loss: float = 0.0,
-) -> Float[Array, ...]:
+) -> Float[Array, "*examples"]:
     """Cross-entropy between softmax(logits) and integer or soft labels, one float32 number per example.
 
         m = max x,  S = Σⱼ exp(xⱼ − m)                          in float32

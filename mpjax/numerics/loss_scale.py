@@ -152,6 +152,7 @@ class DynamicLossScale:
 
 
 LossScale = NoOpLossScale | StaticLossScale | DynamicLossScale
+"""The type of any loss scale: what `TrainState.loss_scale` holds and `scaled_value_and_grad` takes."""
 
 
 def dynamic_loss_scale(

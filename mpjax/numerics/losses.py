@@ -31,7 +31,9 @@ __all__ = [
 ]
 
 
-def sigmoid_cross_entropy(logits: ArrayLike, targets: ArrayLike, weights: ArrayLike | None = None) -> Float[Array, ...]:
+def sigmoid_cross_entropy(
+    logits: ArrayLike, targets: ArrayLike, weights: ArrayLike | None = None
+) -> Float[Array, "*shape"]:
     """Binary cross-entropy of each logit by itself, in float32.
 
         loss = −t log σ(x) − (1 − t) log σ(−x)
@@ -62,7 +64,9 @@ def _sigmoid_cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.A
     return weighted(optax.sigmoid_binary_cross_entropy(x, present(targets.astype(x.dtype), weights)), weights)
 
 
-def squared_error(predictions: ArrayLike, targets: ArrayLike, weights: ArrayLike | None = None) -> Float[Array, ...]:
+def squared_error(
+    predictions: ArrayLike, targets: ArrayLike, weights: ArrayLike | None = None
+) -> Float[Array, "*shape"]:
     """The square of each difference, taken and squared in float32.
 
     Args:
@@ -85,7 +89,7 @@ def squared_error(predictions: ArrayLike, targets: ArrayLike, weights: ArrayLike
 
 def mean_squared_error(
     predictions: ArrayLike, targets: ArrayLike, weights: ArrayLike | None = None
-) -> Float[Array, ...]:
+) -> Float[Array, "*examples"]:
     """The mean square of the differences over the last axis, one float32 number per example, as Keras has it.
 
     Args:

@@ -43,7 +43,7 @@ class Hook:
         """The means of an evaluation after this many attempts."""
 
     def on_probe(self, attempt: int, metrics: dict[str, float], found: dict[str, Any]) -> None:
-        """After `on_step` of a probed attempt: what came back for the reserved collection, as numpy arrays."""
+        """After `Hook.on_step` of a probed attempt: what came back for the reserved collection, as numpy arrays."""
 
     def on_nonfinite(self, attempt: int, metrics: dict[str, float], step: Any, state: Any, batch: Batch) -> str | None:
         """Too many skips in a row are about to stop the run: what this returns goes into the error's message."""
