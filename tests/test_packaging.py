@@ -73,7 +73,9 @@ def test_the_wheel_asks_for_the_runtime_dependencies_and_no_more(wheel):
     runtime = {re.split(r"[\[<>=~!; ]", need)[0] for need in needs if "extra ==" not in need}
     ours = "jax jaxlib flax optax chex jmp orbax-checkpoint jaxtyping tyro rich scipy safetensors flatbuffers"
     assert runtime == set(ours.split())
-    assert set(metadata.get_all("Provides-Extra")) == set("cuda12 cuda13 tpu experiments movielens notebooks docs test dev".split())
+    assert set(metadata.get_all("Provides-Extra")) == set(
+        "cuda12 cuda13 tpu experiments movielens notebooks docs test dev".split()
+    )
     assert (metadata["Requires-Python"], metadata["Version"]) == (">=3.11", mpjax.__version__)
 
 

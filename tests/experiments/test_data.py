@@ -308,7 +308,7 @@ def test_a_sound_of_another_kind_is_refused():
 @pytest.mark.parametrize("args", [[], ["imagenet"], ["shakespeare", "imagenet"]])
 def test_a_data_set_that_there_is_not_ends_with_2(args, capsys):
     assert command.main(args) == 2
-    assert "fashion_mnist, shakespeare, spoken_digits" in capsys.readouterr().err
+    assert "fashion_mnist, shakespeare, movielens, brown, spoken_digits" in capsys.readouterr().err
 
 
 def test_without_mpjax_data_it_lies_in_the_users_cache(monkeypatch, tmp_path):
