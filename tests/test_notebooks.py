@@ -127,7 +127,7 @@ LOSSES = r"^(Linen|NNX) +(\S+) +loss (\S+) -> (\S+)$"
 STORIES = {
     "01_formats": formats_bear_out_their_story,
     "02_first_mixed_step": first_step_bears_out_its_story,
-    "03_where_precision_is_lost": losses_are_found_where_the_prose_says,
+    "04_where_it_underflows": losses_are_found_where_the_prose_says,
 }
 
 
