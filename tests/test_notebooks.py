@@ -111,6 +111,35 @@ def first_step_bears_out_its_story(text: str) -> None:
     assert "NNXNet True float32" in text
 
 
+def policies_bear_out_their_story(text: str) -> None:
+    norms = dict(re.findall(r"^(\S.*?) +block/0/norm computes in (\w+);", text, re.M))
+    assert norms == {"float32 island": "float32", "'**/norm'": "float16", "LayerNorm": "float16"}
+    kept, whole = (float(x) for x in re.findall(r"of which bfloat16 holds ([\d.]+)%", text))
+    assert kept == 100 and whole < 2
+    refused = re.findall(r"^- rule (.*?) (matches no path|never acts|matches no module)", text, re.M)
+    assert [why for _, why in refused] == ["matches no path", "never acts", "never acts", "matches no module"]
+    assert re.search(r"^\*\*/up +2 modules", text, re.M) and re.search(r"^block +14 modules", text, re.M)
+    assert re.search(r"^last +float32 island +float32", text, re.M)
+    shares = {dtype: int(share) for dtype, share in re.findall(r"'(\w+)': '(\d+)%'", text)}
+    assert shares["float32"] > 50 and min(shares.values()) > 10
+
+
+def scales_bear_out_their_story(text: str) -> None:
+    zero = {layer: int(share) for layer, share in re.findall(r"^(\w+) +gradient around .*: (\d+)%$", text, re.M)}
+    assert zero["hidden_0"] > 95 and zero["hidden_1"] > 95 and zero["out"] < 5
+    swept = re.findall(r"^scale 2\*\*(\d+) +vanished +(\d+)% +(.*)$", text, re.M)
+    good = [int(exponent) for exponent, share, says in swept if share == "0" and says != "not finite"]
+    assert int(swept[0][1]) > 80 and good == [12, 18, 24, 30] and swept[-1][2] == "not finite"
+    ends = re.findall(r"^(float.*?) +loss \S+ -> (\S+), skipped (\d+), never moved: (\d+)%$", text, re.M)
+    (_, full, *_), (_, unscaled, _, still), (_, dynamic, skips, moved) = ends
+    assert float(unscaled) > 1.1 * float(full) and abs(float(dynamic) / float(full) - 1) < 0.05
+    assert int(still) > 80 and moved == "0" and 10 < int(skips) < 30
+    for part in ("params", "opt_state", "mstate", "step"):
+        assert re.search(rf"^{part} +every byte as it was$", text, re.M)
+    assert re.findall(r"^(\w+) +changed$", text, re.M) == ["attempt", "loss_scale"]
+    assert re.findall(r"skipped (\d), the weight is now (\S+)", text) == [("1", "1.0"), ("0", "-inf")]
+
+
 def losses_are_found_where_the_prose_says(text: str) -> None:
     """What only holds on this machine; the rest is asserted in the notebook's own cells."""
     first, last, skipped = re.search(r"^loss (\S+) -> (\S+), skipped attempts: \[([\d, ]+)\]$", text, re.M).groups()
@@ -127,7 +156,9 @@ LOSSES = r"^(Linen|NNX) +(\S+) +loss (\S+) -> (\S+)$"
 STORIES = {
     "01_formats": formats_bear_out_their_story,
     "02_first_mixed_step": first_step_bears_out_its_story,
+    "03_policies_by_path": policies_bear_out_their_story,
     "04_where_it_underflows": losses_are_found_where_the_prose_says,
+    "05_loss_scaling": scales_bear_out_their_story,
 }
 
 
