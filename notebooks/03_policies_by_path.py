@@ -16,15 +16,15 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/mpjax/mpjax/blob/main/notebooks/03_policies_by_path.ipynb)
 #
-# "Train it in bfloat16" is seldom the whole wish. The head should give full-precision logits, one block overflows and wants
-# more room, a norm of your own must stay in float32. Without help such wishes end as `dtype=` arguments strewn
-# over the model, and nobody can say any more what runs in what. In mpjax they are a *policy map*: a few lines beside the
-# model, from path to precision. This notebook teaches the language of those lines, and what happens when one of
-# them is wrong. Almost nothing is computed here; what a map means can be asked before the first step.
+# "Train it in bfloat16" is seldom the whole wish. The head should give full-precision logits, one block overflows and
+# wants more room, a norm of your own must stay in float32. Without help such wishes end as `dtype=` arguments strewn over
+# the model, and nobody can say any more what runs in what. In mpjax they are a *policy map*: a few lines beside the
+# model, from path to precision. This notebook teaches the language of those lines, and what happens when one of them is
+# wrong. Almost nothing is computed here; what a map means can be asked before the first step.
 #
-# What a format can hold is told in `01_formats`, and how a model is wrapped and trained in `02_first_mixed_step`. The next cell
-# installs mpjax from a checkout if it is not there yet, as on Colab, and does nothing otherwise. On a GPU or a TPU,
-# write the line that its comment names before you run it.
+# What a format can hold is told in `01_formats`, and how a model is wrapped and trained in `02_first_mixed_step`. The
+# next cell installs mpjax from a checkout if it is not there yet, as on Colab, and does nothing otherwise. On a GPU or a
+# TPU, write the line that its comment names before you run it.
 
 # %%
 import importlib.util
@@ -57,9 +57,9 @@ sample = np.random.default_rng(0).integers(1000, size=(2, 16))  # two rows of to
 # ## A model with names
 #
 # A small language model: an embedding, two blocks, a norm, a head. Each block attends and then thinks, in the usual way.
-# No dtype is mentioned anywhere. What matters for this notebook is the *names*, because a path is made of them: the second
-# block's widening layer is `block_1/mlp/up`, and there its params lie, too. (mpjax spells it `block/1/mlp/up`, so that
-# a numbered Linen module and an NNX list give the same path.)
+# No dtype is mentioned anywhere. What matters for this notebook is the *names*, because a path is made of them: the
+# second block's widening layer is `block_1/mlp/up`, and there its params lie, too. (mpjax spells it `block/1/mlp/up`, so
+# that a numbered Linen module and an NNX list give the same path.)
 #
 # The norm is written by hand, and its class is called `Centre`, a name that tells nothing to anybody. Keep an eye on it.
 
@@ -104,11 +104,12 @@ class Net(nn.Module):
 # %% [markdown]
 # ## What a plain policy makes of it
 #
-# `mpjax.wrap` puts a model under a policy, and `explain` prints what that means for each module: which rule holds, in which
-# dtype its params are kept and its products computed, and in which dtype the result leaves. `full` is float32.
+# `mpjax.wrap` puts a model under a policy, and `explain` prints what that means for each module: which rule holds, in
+# which dtype its params are kept and its products computed, and in which dtype the result leaves. `full` is float32.
 #
-# Two rows of the table are worth a second look. `block/0/norm` and its twin are in float32 although nobody said so: a class whose
-# name is that of a norm is a *float32 island*. And `last`, the norm by hand, is not, since no name gives it away.
+# Two rows of the table are worth a second look. `block/0/norm` and its twin are in float32 although nobody said so: a
+# class whose name is that of a norm is a *float32 island*. And `last`, the norm by hand, is not, since no name gives it
+# away.
 
 # %%
 print(mpjax.wrap(Net(), "mixed_bfloat16").explain(sample))
@@ -116,11 +117,12 @@ print(mpjax.wrap(Net(), "mixed_bfloat16").explain(sample))
 # %% [markdown]
 # ## A rule means a subtree
 #
-# A map is a dictionary from pattern to policy. A policy may be a preset, or `key=value` pairs; a key that is left out comes
-# from the default. So `compute=float32` changes the dtype of the products and nothing else.
+# A map is a dictionary from pattern to policy. A policy may be a preset, or `key=value` pairs; a key that is left out
+# comes from the default. So `compute=float32` changes the dtype of the products and nothing else.
 #
-# The rule below names `block/1/mlp`, and holds for the two layers in it, too. From here on only the rows are printed that are no
-# longer what the default says. The params stay in float32: those are the master weights, and a `mixed_` default keeps them.
+# The rule below names `block/1/mlp`, and holds for the two layers in it, too. From here on only the rows are printed that
+# are no longer what the default says. The params stay in float32: those are the master weights, and a `mixed_` default
+# keeps them.
 
 
 # %%
@@ -142,9 +144,9 @@ show({"block/1/mlp": "compute=float32"})
 # ## Patterns
 #
 # A path may be a *glob*. One star stands for exactly one segment of a path, two stars for any number of them, none
-# included. So `**/up` finds every `up` at whatever depth, while `*/up` would want it at the second place and find none. What
-# is matched brings its subtree along: `block` alone means both blocks with all in them. Where globs are not enough, a regex may
-# be marked by `re:`, and a class of modules may stand instead of a path.
+# included. So `**/up` finds every `up` at whatever depth, while `*/up` would want it at the second place and find none.
+# What is matched brings its subtree along: `block` alone means both blocks with all in them. Where globs are not enough,
+# a regex may be marked by `re:`, and a class of modules may stand instead of a path.
 
 # %%
 for pattern in ("block", "block/*/mlp", "**/up", "**/mlp/*", "re:block/[01]/attention", nn.Dense):
@@ -155,8 +157,8 @@ for pattern in ("block", "block/*/mlp", "**/up", "**/mlp/*", "re:block/[01]/atte
 # %% [markdown]
 # ## The first rule that matches wins
 #
-# Order is the only precedence there is; no pattern is "more specific" than another. So put the exception before the
-# rule. Here the MLPs go to float16, which has finer steps than bfloat16, but the last of their layers stays out of it.
+# Order is the only precedence there is; no pattern is "more specific" than another. So put the exception before the rule.
+# Here the MLPs go to float16, which has finer steps than bfloat16, but the last of their layers stays out of it.
 
 # %%
 exception_first = {"block/1/mlp/down": "compute=bfloat16", "**/mlp": "compute=float16"}
@@ -165,8 +167,8 @@ show(exception_first)
 # %% [markdown]
 # ## Islands, and how one sinks
 #
-# Norms compute means and variances, which are long sums, and long sums go wrong in half precision. That is why a sweeping rule
-# does not touch them. `**` below means everything, and yet the two norms stay in float32.
+# Norms compute means and variances, which are long sums, and long sums go wrong in half precision. That is why a sweeping
+# rule does not touch them. `**` below means everything, and yet the two norms stay in float32.
 #
 # An island sinks only if it is *meant*: if the rule spells out the end of its path, or names its class. The second map
 # does. It is your model; mpjax only asks that you say it.
@@ -191,12 +193,14 @@ show({}, islands=(Centre,))
 # %% [markdown]
 # ## What leaves a subtree: `output=`
 #
-# The last column of the table said *caller's* nearly everywhere. A module computes in its own dtype and hands its result back in
-# that of the module that called it. Otherwise one float32 layer would turn everything behind it into float32, silently.
+# The last column of the table said *caller's* nearly everywhere. A module computes in its own dtype and hands its result
+# back in that of the module that called it. Otherwise one float32 layer would turn everything behind it into float32,
+# silently.
 #
-# For the head that is sometimes not what is wanted. A head that computes in float32 and hands back bfloat16 has had its logits
-# rounded after all, and the float32 that the whole model returns then holds rounded numbers. So a rule may say
-# `output=` as well. Count the logits that bfloat16 could hold exactly: all of them in the first case, hardly any in the second.
+# For the head that is sometimes not what is wanted. A head that computes in float32 and hands back bfloat16 has had its
+# logits rounded after all, and the float32 that the whole model returns then holds rounded numbers. So a rule may say
+# `output=` as well. Count the logits that bfloat16 could hold exactly: all of them in the first case, hardly any in the
+# second.
 
 # %%
 shapes, _ = jax.eval_shape(mpjax.wrap(Net(), "float32").init, jax.random.key(0), sample)
@@ -211,10 +215,10 @@ for rule in ("compute=float32", "compute=float32,output=float32"):
 # %% [markdown]
 # ## A rule that never acts
 #
-# A typo in a map is dangerous in a quiet way. The run works, it is only less precise than you believe, or slower. So a rule
-# that can never act is an error, raised when the map meets the model, with the nearest names. There are several ways to be
-# useless: nothing has that path; an earlier rule has taken it all; all that it matches are islands; the class does not
-# occur. Read the four messages: each says what to do.
+# A typo in a map is dangerous in a quiet way. The run works, it is only less precise than you believe, or slower. So a
+# rule that can never act is an error, raised when the map meets the model, with the nearest names. There are several ways
+# to be useless: nothing has that path; an earlier rule has taken it all; all that it matches are islands; the class does
+# not occur. Read the four messages: each says what to do.
 
 # %%
 useless = (
@@ -232,10 +236,10 @@ for rules in useless:
 # %% [markdown]
 # ## All of it, and what really ran
 #
-# Now a map as one might write it for this model. Attention in bfloat16 as by default; the MLPs in float16 but for one layer;
-# the head in full precision up to the logits; our own norm an island. The auditor counts the matrix products of
-# the gradient by dtype, so that the intention is checked against the program that jax traced. Since a rule computes in float16,
-# a train state made from this model gets a dynamic loss scale by itself.
+# Now a map as one might write it for this model. Attention in bfloat16 as by default; the MLPs in float16 but for one
+# layer; the head in full precision up to the logits; our own norm an island. The auditor counts the matrix products of
+# the gradient by dtype, so that the intention is checked against the program that jax traced. Since a rule computes in
+# float16, a train state made from this model gets a dynamic loss scale by itself.
 
 # %%
 rules = mpjax.PolicyMap(
@@ -255,12 +259,12 @@ print({dtype: f"{found.share(dtype):.0%}" for dtype in ("bfloat16", "float16", "
 # ## The picture
 #
 # `policy_by_layer` draws the table. The colour is the format; the bar is as long as the module's share of all products,
-# which the audit knows. So it answers what `explain` cannot: what a rule *costs*. The head in float32 is one line of
-# the map and the longest bar, because a vocabulary is wide. In a deep model its share would be small, and here it is not: a
+# which the audit knows. So it answers what `explain` cannot: what a rule *costs*. The head in float32 is one line of the
+# map and the longest bar, because a vocabulary is wide. In a deep model its share would be small, and here it is not: a
 # reason to ask whether only its `output=` matters to you.
 #
-# Things to try: let the head compute in bfloat16 and keep its `output=float32`, and look at the count of rounded logits again; name
-# `Centre` in a rule and see it sink; write a rule for `block/2`, and read what it says.
+# Things to try: let the head compute in bfloat16 and keep its `output=float32`, and look at the count of rounded logits
+# again; name `Centre` in a rule and see it sink; write a rule for `block/2`, and read what it says.
 
 # %%
 flops = collections.Counter()
