@@ -143,10 +143,10 @@ show({"block/1/mlp": "compute=float32"})
 #
 # ## Patterns
 #
-# A path may be a *glob*. One star stands for exactly one segment of a path, two stars for any number of them, none
-# included. So `**/up` finds every `up` at whatever depth, while `*/up` would want it at the second place and find none.
-# What is matched brings its subtree along: `block` alone means both blocks with all in them. Where globs are not enough,
-# a regex may be marked by `re:`, and a class of modules may stand instead of a path.
+# A path may be a *glob*. One star stands for exactly one segment of a path, two stars for any number of them, or none at
+# all. So `**/up` finds every `up` at whatever depth, while `*/up` would want it at the second place and find none. What
+# is matched brings its subtree along: `block` alone means both blocks with all in them. Where globs are not enough, a
+# regex may be marked by `re:`, and a class of modules may stand instead of a path.
 
 # %%
 for pattern in ("block", "block/*/mlp", "**/up", "**/mlp/*", "re:block/[01]/attention", nn.Dense):

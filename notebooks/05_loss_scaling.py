@@ -256,10 +256,10 @@ for skip in ("nonfinite", "gradients"):
 # one far too high, one rather low. The first comes down at once, a cross for each skipped step. The other climbs, a
 # doubling at a time, and loses nothing on the way, until it meets the first. From there on both follow the edge, which
 # climbs by itself: the model learns, so its residuals shrink, and their gradients take a larger scale. A cross now and
-# then means that the edge was tried, and was still there. A steady one is the sound of a healthy run. Crosses in an
-# unbroken row are not; after fifty of them `mpjax.fit` stops and names the first leaf that is not finite. And a scale
-# that keeps falling to its floor is no matter of scale at all: some layer makes infinities of its own, and
-# `04_where_it_underflows` shows how to find it.
+# then means that the edge was tried, and was still there. That is the sound of a healthy run. Crosses in an unbroken row
+# are not; after fifty of them `mpjax.fit` stops and names the first leaf that is not finite. And a scale that keeps
+# falling to its floor is no matter of scale at all: some layer makes infinities of its own, and `04_where_it_underflows`
+# shows how to find it.
 #
 # Things to try: `growth_interval=2`, and count the crosses; multiply the signals by a million, so that they are in
 # microvolts, and see how far the edge moves (that is a cure, too, and the best); train under `mixed_bfloat16`, which
