@@ -54,15 +54,22 @@ nbformat.write(notebook, target)
 """
 
 
-def execute(source: Path, home: Path, quick: dict[str, str]):
-    """The committed notebook, run on one CPU device in a kernel of this interpreter; all that it writes lies in `home`."""
+@pytest.fixture(scope="session")
+def fonts(tmp_path_factory) -> Path:
+    """Where matplotlib keeps its list of fonts: made by the first notebook, which takes seconds, and read by the others."""
+    return tmp_path_factory.mktemp("matplotlib")
+
+
+def execute(source: Path, home: Path, fonts: Path, quick: dict[str, str]):
+    """The committed notebook, run on one CPU device in a kernel of this interpreter; all else that it writes lies in `home`."""
     # What conftest sets for the tests is not what a reader has.
     ours = ("XLA_FLAGS", "MPLBACKEND", "JUPYTER_PATH", "PYTHONWARNINGS")
     env = {name: value for name, value in os.environ.items() if name not in ours}
-    places = ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR")
+    places = ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")
     env |= {name: str(home / name.lower()) for name in places}
     env |= quick  # prose and prints are those of any level
-    env |= {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "JAX_PLATFORMS": "cpu", "TMPDIR": str(home)}
+    env |= {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "JAX_PLATFORMS": "cpu"}
+    env |= {"MPLCONFIGDIR": str(fonts), "TMPDIR": str(home)}
     done = home / "done.ipynb"
     command = [sys.executable, "-c", EXECUTE, str(source.with_suffix(".ipynb")), str(done), str(home)]
     process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
@@ -111,6 +118,55 @@ def first_step_bears_out_its_story(text: str) -> None:
     assert "NNXNet True float32" in text
 
 
+def policies_bear_out_their_story(text: str) -> None:
+    norms = dict(re.findall(r"^(\S.*?) +block/0/norm computes in (\w+);", text, re.M))
+    assert norms == {"float32 island": "float32", "'**/norm'": "float16", "LayerNorm": "float16"}
+    kept, whole = (float(x) for x in re.findall(r"of which bfloat16 holds ([\d.]+)%", text))
+    assert kept == 100 and whole < 2
+    refused = re.findall(r"^- rule (.*?) (matches no path|never acts|matches no module)", text, re.M)
+    assert [why for _, why in refused] == ["matches no path", "never acts", "never acts", "matches no module"]
+    assert re.search(r"^\*\*/up +2 modules", text, re.M) and re.search(r"^block +14 modules", text, re.M)
+    assert re.search(r"^last +float32 island +float32", text, re.M)
+    shares = {dtype: int(share) for dtype, share in re.findall(r"'(\w+)': '(\d+)%'", text)}
+    assert shares["float32"] > 50 and min(shares.values()) > 10
+
+
+def scales_bear_out_their_story(text: str) -> None:
+    zero = {layer: int(share) for layer, share in re.findall(r"^(\w+) +gradient around .*: (\d+)%$", text, re.M)}
+    assert zero["hidden_0"] > 95 and zero["hidden_1"] > 95 and zero["out"] < 5
+    swept = re.findall(r"^scale 2\*\*(\d+) +vanished +(\d+)% +(.*)$", text, re.M)
+    good = [int(exponent) for exponent, share, says in swept if share == "0" and says != "not finite"]
+    assert int(swept[0][1]) > 80 and good == [12, 18, 24, 30] and swept[-1][2] == "not finite"
+    ends = re.findall(r"^(float.*?) +loss \S+ -> (\S+), skipped (\d+), never moved: (\d+)%$", text, re.M)
+    (_, full, *_), (_, unscaled, _, still), (_, dynamic, skips, moved) = ends
+    assert float(unscaled) > 1.1 * float(full) and abs(float(dynamic) / float(full) - 1) < 0.05
+    assert int(still) > 80 and moved == "0" and 10 < int(skips) < 30
+    for part in ("params", "opt_state", "mstate", "step"):
+        assert re.search(rf"^{part} +every byte as it was$", text, re.M)
+    assert re.findall(r"^(\w+) +changed$", text, re.M) == ["attempt", "loss_scale"]
+    assert re.findall(r"skipped (\d), the weight is now (\S+)", text) == [("1", "1.0"), ("0", "-inf")]
+
+
+def files_bear_out_their_story(text: str) -> None:
+    runs = re.findall(r"^attempts (\d+) to (\d+): (loss .*)$", text, re.M)
+    assert [ends[:2] for ends in runs] == [("0", "29"), ("10", "29")] and runs[0][2] == runs[1][2]
+    same, all_of_them = re.search(r"^(\d+) of (\d+) arrays are the same to the bit$", text, re.M).groups()
+    assert same == all_of_them and int(same) > 10
+    assert re.search(r"^CheckpointWarning: damaged: 20: .* has \d+ bytes, and had \d+; using step 10$", text, re.M)
+    assert re.findall(r"^steps on disk: (.*)$", text, re.M) == ["[10, 20]", "[10, 20, 30]"]
+    assert re.findall(r"^ params/head/kernel .* (bfloat16|int8) ", text, re.M) == ["bfloat16", "int8"]
+    accuracies = [
+        float(x) for x in re.findall(r"([\d.]+) after|accuracy [a-z0-9 ]*:? ?(0\.\d+)$", text, re.M) for x in x if x
+    ]
+    assert len(accuracies) == 4 and min(accuracies) > 0.9
+    assert "the same logits as the model to the bit: True" in text
+    rows = re.findall(r"^(\w+) +([\d,]+) bytes, logits change by ([\d.]+)%$", text, re.M)
+    size = {name: int(n.replace(",", "")) for name, n, _ in rows}
+    lost = {name: float(share) for name, _, share in rows}
+    assert size["float32"] == 2 * size["bfloat16"] == 2 * size["float16"] > 3 * size["int8"] == 3 * size["float8_e4m3"]
+    assert 0 == lost["float32"] < lost["float16"] < lost["bfloat16"] < lost["int8"] < lost["float8_e4m3"] < 10
+
+
 def losses_are_found_where_the_prose_says(text: str) -> None:
     """What only holds on this machine; the rest is asserted in the notebook's own cells."""
     first, last, skipped = re.search(r"^loss (\S+) -> (\S+), skipped attempts: \[([\d, ]+)\]$", text, re.M).groups()
@@ -127,15 +183,18 @@ LOSSES = r"^(Linen|NNX) +(\S+) +loss (\S+) -> (\S+)$"
 STORIES = {
     "01_formats": formats_bear_out_their_story,
     "02_first_mixed_step": first_step_bears_out_its_story,
-    "03_where_precision_is_lost": losses_are_found_where_the_prose_says,
+    "03_policies_by_path": policies_bear_out_their_story,
+    "04_where_it_underflows": losses_are_found_where_the_prose_says,
+    "05_loss_scaling": scales_bear_out_their_story,
+    "06_checkpoints_and_export": files_bear_out_their_story,
 }
 
 
 @pytest.mark.slow
 @each
-def test_it_runs_and_bears_out_its_prose(source, tmp_path, quick_environment):
+def test_it_runs_and_bears_out_its_prose(source, tmp_path, fonts, quick_environment):
     """One run for all that is asked of it: it is the dear part."""
-    notebook = execute(source, tmp_path, quick_environment)
+    notebook = execute(source, tmp_path, fonts, quick_environment)
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
     assert printed(notebook, "stderr") == ""
     assert ends_in_a_picture(notebook)

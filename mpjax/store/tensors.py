@@ -114,8 +114,10 @@ def opened(path: Path) -> Iterator[Tensors]:
     if path.is_dir():
         raise ValueError(f"got the folder {path}; legal is one safetensors file; name the file in it")
     with path.open("rb") as raw:
-        start = raw.read(8)
-    if start[:1] == b"\x80" or start[:4] == b"PK\x03\x04":
+        start = raw.read(9)
+    # One header in thirty-two has a length whose first byte is that of a pickle; what follows it tells them apart.
+    has_header = start[4:] == b"\0\0\0\0{"
+    if not has_header and (start[:1] == b"\x80" or start[:4] == b"PK\x03\x04"):
         raise ValueError(
             f"got {path}, a pickle or a zip of pickles; mpjax never unpickles, since that runs code; legal is a "
             "safetensors file; convert it where you trust it (safetensors.torch.save_file)"
@@ -127,7 +129,7 @@ def opened(path: Path) -> Iterator[Tensors]:
             f"got {path}, which is no whole safetensors file ({error}); legal is one as it was written; copy it again"
         ) from error
     with file as handle:
-        yield Tensors(path, handle, int.from_bytes(start, "little"))
+        yield Tensors(path, handle, int.from_bytes(start[:8], "little"))
 
 
 class Tensors:

@@ -368,6 +368,27 @@ def test_a_pickle_is_refused_unread(protocol, tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
+def test_a_header_whose_length_begins_as_a_pickle_does_is_read(tmp_path):
+    """Lengths of headers are multiples of eight: of thirty-two files one begins with 0x80."""
+    file, w = tmp_path / "w.safetensors", np.arange(3).astype(jnp.float8_e4m3fn)
+    for n in range(0, 256, 8):
+        tensors.write(file, {"w": w}, {"filler": "x" * n}, overwrite=True)
+        if file.read_bytes()[:1] == b"\x80":
+            break
+    else:
+        pytest.fail("none of them begins so")
+    with tensors.opened(file) as found:
+        assert found.array("w").tolist() == [0, 1, 2]
+
+
+def test_the_report_is_plain_text_in_a_notebook(file, monkeypatch):
+    """Where rich would show a table by itself, and a kernel asks for colours."""
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    report = mpjax.export_weights({"w": np.ones((4, 4), np.float32)}, file.with_name("plain"), "int8")
+    assert re.match(r" tensor +shape +given", str(report)) and "\x1b" not in str(report)
+
+
 def test_files_of_other_kinds_and_times_are_told_apart(file):
     from safetensors.numpy import save_file
 

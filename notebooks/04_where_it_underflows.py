@@ -12,9 +12,9 @@
 # ---
 
 # %% [markdown]
-# # Where precision is lost
+# # Where it underflows, where it overflows
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/mpjax/mpjax/blob/main/notebooks/03_where_precision_is_lost.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/mpjax/mpjax/blob/main/notebooks/04_where_it_underflows.ipynb)
 #
 # A run in half precision that goes wrong says little by itself: the loss is NaN, or it stops falling, or it ends a little
 # higher than it used to. This notebook goes through the instruments that say more, on one tiny model and in the order
