@@ -532,6 +532,7 @@ def test_lowering_gives_the_cost_of_the_compiled_step():
     assert not any(x.is_deleted() for x in jax.tree.leaves(state))
 
 
+@pytest.mark.optimized
 def test_the_pure_step_scans():
     """Ten steps inside one program are the ten steps, to the bit."""
     optimizer = optax.sgd(0.05, momentum=0.9)
