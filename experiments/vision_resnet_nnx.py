@@ -9,7 +9,7 @@ Policies   float32; mixed_bfloat16; mixed_float16 with a dynamic loss scale; mix
            layers only: convolutions stay in bfloat16, and so does the head, so that mixed_fp8 is mixed_bfloat16 here, to
            the bit. It stands there so that the table of a comparison is whole, and says so.
 Reads      test accuracy under the running statistics, the loss curve's distance from float32, memory of the step.
-Time       2 minutes on 2 CPU cores for the first three policies; each of the others takes about as long as mixed_bfloat16.
+Time       2 minutes on 2 CPU cores for the first three policies; the others were not timed.
 Run        mpjax train vision_resnet_nnx, or python -m experiments.vision_resnet_nnx --steps=100 --policy mixed_bfloat16
 Full size  for a GPU, PRESETS["h100"]; 94 % in each of the first three, experiments/records/2026-11-24-three-experiments-h200:
            --data fashion_mnist --width=64 --stages=3 --batch-size=512 --steps=2400 --eval-every=400 --flip=True

@@ -227,7 +227,7 @@ def transposed(numbers: Numbers, x_ndim: int, w_ndim: int, right: bool = False) 
 
     With `right` it is `d rhs = dot_general(lhs, g, numbers).transpose(axes)`. (jax itself has g on the left there, too, and
     XLA turns the result round inside the GEMM. It cannot do so for float8: the whole update of AdamW then ran in the other
-    layout, and params and moments were copied back, 13 ms of a step of 128.)
+    layout, and params and moments were copied back; see experiments/records/2026-11-24-bench-h100.)
 
     >>> transposed((((1,), (0,)), ((), ())), 2, 2), transposed((((1,), (0,)), ((), ())), 2, 2, right=True)
     (((((1,), (1,)), ((), ())), (0, 1)), ((((0,), (0,)), ((), ())), (0, 1)))
