@@ -76,8 +76,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """A quarter of the compile time, by LLVM's lowest level and XLA's older loops, where it is dtypes, structure and
     reports that are tested.
 
-    The floors `core`, `policy` and `numerics`, every test of a fault, and tests marked `optimized` (they promise the same bits from two
-    programs) run as users' programs do.
+    The floors `core`, `policy` and `numerics`, every test of a fault, and tests marked `optimized` (they promise the same
+    bits from two programs) run as users' programs do.
     """
     path = item.path.relative_to(TESTS) if item.path.is_relative_to(TESTS) else Path("mpjax")
     numbers = path.parts[0] in OPTIMIZED or path.name.startswith("test_faults")
