@@ -5,15 +5,15 @@ Model      a residual network of basic blocks (He et al., 2016) with LayerNorm, 
 Data       random bytes in place of photographs; each batch is cut from them at random places, mirrored at random and
            normalised to float32, by numpy: what a loader does behind the decoder.
 Ways       plain: drawn when it is needed, sent with the step as float32. cast: as bfloat16, cast by numpy, half the bytes.
-           prefetch: a thread makes the next two batches and sends them. prefetch + cast: both. floor: the same batch again
-           and again, which lies on the device.
+           prefetch: a thread makes the next two batches and sends them. prefetch + cast: both. workers: several threads do.
+           floor: the same batch again and again, which lies on the device.
 Method     the ways in turn, the order rotates, the first round warms up and is not counted. In each round `steps` steps;
            the loop reads the loss of the step before, as `mpjax.fit` does. Medians, and from the least to the largest.
 Reads      ms a step; of that, ms in which the host waits for the batch itself (drawn, cast, or taken from the thread);
            MiB sent a step, counted where they are placed.
 Time       half a minute on 2 CPU cores, where host and device are one and little can be hidden.
 Run        python -m experiments.input_pipeline
-Full size  for a GPU: --size=224 --batch-size=256 --width=64 --stages=4 --steps=30
+Full size  for a GPU: --size=224 --batch-size=256 --width=64 --stages=4 --steps=10 --workers=12
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ class Config:
     classes: int = 10
     """Labels."""
     depth: int = 2
-    """Batches that are ready beside the one in use."""
+    """Batches that are ready beside the one in use; where there are more workers, one for each."""
+    workers: int = 2
+    """Threads that draw, where several do."""
     steps: int = 10
     """A round."""
     repeats: int = 5
@@ -133,14 +135,14 @@ def main(config: Config) -> dict[str, Any]:
     """Measure, show and write; returns what `table.json` holds."""
     opened = _run.open_folder(config, "input_pipeline", goes_on=False)
     model = mpjax.wrap(Net(config.width, config.stages, config.classes), "mixed_bfloat16")
-    batches, sent = source(config), [0]
+    batches, sent = source(config), []
 
     def loss_fn(params, mstate, batch, rng):
         logits_BxK, mstate = model.apply(params, mstate, batch["image"], rng=rng)
         return mpjax.losses.softmax_cross_entropy(logits_BxK, batch["label"]).mean(), mpjax.Aux(mstate, {})
 
     def counted(batch):
-        sent[0] += nbytes(batch)
+        sent.append(nbytes(batch))  # by several threads: to append is one operation, to add up is not
         return batch
 
     def placed(batch):
@@ -151,6 +153,7 @@ def main(config: Config) -> dict[str, Any]:
         return batch | {"image": batch["image"].astype(jnp.bfloat16)}
 
     ahead = functools.partial(mpjax.prefetch, batches, depth=config.depth, place=placed)
+    together = functools.partial(ahead, depth=max(config.depth, config.workers), workers=config.workers)
     there = jax.device_put(batches(0))
     ways: dict[str, Any] = {
         "floor": lambda attempt: there,
@@ -158,6 +161,8 @@ def main(config: Config) -> dict[str, Any]:
         "cast": lambda attempt: counted(cast(attempt)),
         "prefetch": ahead(),
         "prefetch + cast": ahead(cast={"image": "bfloat16"}),
+        f"{config.workers} workers": together(),
+        f"{config.workers} workers + cast": together(cast={"image": "bfloat16"}),
     }
     optimizer = optax.sgd(1e-3, momentum=0.9)
     step = mpjax.make_train_step(loss_fn, optimizer)
@@ -167,9 +172,9 @@ def main(config: Config) -> dict[str, Any]:
     with opened.begin() as folder:
         for n in range(config.repeats + 1):
             for name in [*list(ways)[n % len(ways) :], *list(ways)[: n % len(ways)]]:
-                sent[0] = 0
+                sent.clear()
                 state, found = run(step, state, ways[name], config.steps)
-                rounds[name] += [found | {"MiB": sent[0] / config.steps / 2**20}] if n else []
+                rounds[name] += [found | {"MiB": sum(sent) / config.steps / 2**20}] if n else []
     floor = statistics.median(found["step"] for found in rounds["floor"])
     rows = [
         {

@@ -228,10 +228,10 @@ def _best_format(platform: str, kind: str, capability: tuple[int, int] | None) -
     return "float32", f"{kind} is not in the table; measure a half policy against float32 before you rely on it"
 
 
-# The figures: experiments/records/2026-11-24-bench-h100; ms a step in bfloat16 and in mixed_fp8: 137.0, 128.2; 36.84, 38.99.
+# The figures: experiments/records/2026-11-29-bench-h200; ms a step in bfloat16 and in mixed_fp8: 133.22, 109.09; 34.56, 34.82.
 _FLOAT8 = (
-    "mixed_fp8 is an option for wide dense layers, to be measured on your own model: on one H100 a GPT of 1.3B params ran at "
-    "1.07 × the speed of bfloat16 with it, GPT-2 124M at 0.94 ×"
+    "mixed_fp8 is an option for wide dense layers, to be measured on your own model: on one H200 a GPT of 1.3B params ran at "
+    "1.22 × the speed of bfloat16 with it, GPT-2 124M at 0.99 ×"
 )
 
 

@@ -173,7 +173,7 @@ def test_float8_is_an_option_where_it_is_native_and_no_more_than_that():
         assert ("mixed_fp8" in recommend(device("NVIDIA Unheard 1", compute_capability=capability)).why) == told
     assert str(recommend("NVIDIA H100 80GB HBM3")).endswith(
         "; it has float32's range; mixed_fp8 is an option for wide dense layers, to be measured on your own model: on one "
-        "H100 a GPT of 1.3B params ran at 1.07 × the speed of bfloat16 with it, GPT-2 124M at 0.94 ×"
+        "H200 a GPT of 1.3B params ran at 1.22 × the speed of bfloat16 with it, GPT-2 124M at 0.99 ×"
     )
 
 

@@ -115,6 +115,30 @@ def test_its_products_are_the_policys(door, tmp_path):
     assert forward.platforms == ("cuda",)
 
 
+@pytest.mark.parametrize("recipe", ["fp8", "fp8_delayed"])
+def test_float8_products_go_out_as_they_are_served(recipe, tmp_path):
+    """Delayed scaling serves with the scales that training left in mstate; what is served twice is the same twice."""
+
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(nn.Dense(16)(x))
+
+    x = np.resize(X, (16, 32))
+    model = mpjax.wrap(Two(), f"p=f32,c=bf16,o=f32,dot={recipe}")
+    params, mstate = filled(model, x)
+    forward = mpjax.export_forward(model, params, mstate, x, path=tmp_path / "f")
+    lines = re.findall(r"stablehlo\.dot_general .*: \((.*)\) -> ", forward.program.mlir_module())
+    formats = [set(re.findall(r"x(f8\w+|bf16)>", line)) for line in lines]
+    for_each = len(forward.platforms)
+    assert formats == [{"f8E4M3FN"}] * for_each + [{"bf16"}] * for_each  # three columns are no multiple of 16
+    y = np.asarray(jitted(model)(params, mstate, x))
+    served = mpjax.load_forward(tmp_path / "f")
+    assert served.policy == policy_to_words(model.policy)
+    for _ in range(2):
+        assert np.asarray(served(params, mstate, x)).tobytes() == y.tobytes()
+
+
 def test_a_gpu_here_puts_no_fused_kernel_into_the_program(tmp_path, monkeypatch):
     class Attention(nn.Module):
         @nn.compact

@@ -58,7 +58,7 @@ def counting(state, batch):
 
 
 def threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "mpjax prefetch"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("mpjax prefetch")]
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +96,56 @@ def test_while_a_step_runs_the_next_batches_are_made_and_sent(depth):
 
     result = fit(step, new_state(), prefetch(batches, depth=depth, place=place), attempts=attempts)
     assert result.stopped == "done" and drawn == list(range(attempts))
+
+
+def test_workers_draw_at_once_and_their_batches_come_in_order():
+    """No clock: a draw ends only when two more are under way; behind the last ones come those that had to wait for none."""
+    attempts, together = 9, threading.Barrier(3)
+
+    def batches(attempt):
+        together.wait(LONG)
+        return np.float32(attempt)
+
+    with prefetch(batches, depth=4, workers=3).ahead(range(3, 3 + attempts)) as feed:
+        assert [float(batch) for batch in feed] == [3.0 + n for n in range(attempts)]
+
+
+def test_workers_together_have_the_room_of_the_depth():
+    """With room for 5 beside the one in use, 3 workers draw 5 before the first is taken, then one more for each."""
+    drawn, more = queue.SimpleQueue(), []
+
+    def batches(attempt):
+        drawn.put(attempt)
+        return batch_of(attempt)
+
+    def step(state, batch):
+        np.testing.assert_array_equal(batch["x"], batch_of(int(state.step))["x"])
+        while len(more) < min(6 + int(state.step), 9):
+            more.append(drawn.get(timeout=LONG))
+        assert drawn.empty() and sorted(more) == list(range(len(more)))
+        return counting(state, batch)
+
+    fit(step, new_state(), prefetch(batches, depth=5, workers=3), attempts=9)
+
+
+def test_an_error_of_one_worker_comes_at_its_attempt():
+    def batches(attempt):
+        if attempt == 4:
+            raise OSError("no such picture")
+        return batch_of(attempt)
+
+    seen = []
+    with pytest.raises(OSError, match="no such picture"):
+        with prefetch(batches, depth=3, workers=3).ahead(range(20)) as feed:
+            for batch in feed:
+                seen.append(batch)
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize("workers, of", [(0, batch_of), (3, batch_of), (True, batch_of), (2, [1, 2])])
+def test_workers_without_work_are_refused(workers, of):
+    with pytest.raises(ValueError, match=f"got workers={workers} .*; legal is 1"):
+        prefetch(of, depth=2, workers=workers)
 
 
 def test_without_it_a_batch_is_made_when_it_is_needed():
@@ -278,7 +328,7 @@ def test_the_function_runs_as_its_caller_does():
     with jax.default_device(device), jax.enable_x64(True), prefetch(batches).ahead(range(1)) as feed:
         (batch,) = feed
         assert batch.devices() == {device} and batch.dtype == jnp.float64
-    assert seen[0][:2] == ("mine", "mpjax prefetch")
+    assert seen[0][:2] == ("mine", "mpjax prefetch 0")
 
 
 # ---- how it ends -----------------------------------------------------------------------------------------------------
