@@ -1,18 +1,18 @@
-"""A GPT on the bytes of Shakespeare's plays, in three precisions.
+"""A GPT on the bytes of Shakespeare's plays, in five precisions.
 
 Question   does mixed precision reach the bits per byte of float32, with scanned layers, remat and accumulation?
 Model      GPT (Radford et al., 2018), pre-norm, over bytes: no tokenizer. The blocks are one `nn.scan`; Flax Linen.
 Data       38 plays, 5.3 MB; the last tenth is held out. `python -m experiments._data shakespeare` fetches it.
 Batches    windows at random places, a pure function of (seed, attempt): a run that is resumed sees the same data.
-Policies   float32; mixed_bfloat16; mixed_float16 with a dynamic loss scale.
+Policies   float32; mixed_bfloat16; mixed_float16 with a dynamic loss scale; mixed_fp8, in which all dense layers of the blocks
+           multiply in float8; and a policy map, in which only those of the MLPs do, and the tied table is float32.
 Reads      bits per byte of held-out text, loss / ln 2: a uniform guess has 8. Of this text only a few evenly spaced
            windows are read, so compare policies with each other, not with the literature.
-Time       2 minutes on 2 CPU cores, to about 2.8 bits per byte. At a learning rate of 5e-3 training is less steady:
-           another seed, or rounding alone, moved the result by a tenth of a bit.
+Time       2 minutes on 2 CPU cores for the first three policies, to about 2.8 bits per byte. At a learning rate of 5e-3
+           training is less steady: another seed, or rounding alone, moved the result by a tenth of a bit.
 Run        mpjax train language_gpt, or python -m experiments.language_gpt --steps=100 --policy mixed_bfloat16
-Full size  for a GPU (run for 500 and 1,000 steps: experiments/records/2026-11-24-three-experiments-h200):
-           --width=512 --depth=8 --heads=8 --context=1024 --batch-size=64 --accumulate=2 --remat=nothing --steps=2000
-           --learning-rate=6e-4 --eval-every=200 --eval-windows=256 (what that record calls --remat=True)
+Full size  PRESETS["h100"], of 26 million params; run for 500 and 1,000 of its 2,000 steps in
+           experiments/records/2026-11-24-three-experiments-h200 (what that record calls --remat=True is --remat=nothing).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,13 +30,22 @@ from flax import linen as nn
 import mpjax
 from experiments import _data, _run
 
+# The MLPs are two thirds of the products of a block, and normed bytes go into them: what float8 is for. The table is the head,
+# too, and makes the logits; its product is small beside the blocks'.
+BY_PATH = {
+    "**/up": "dot=fp8",
+    "**/down": "dot=fp8",
+    "embed": "compute=float32,output=float32",
+}
+"""The rules of the fifth policy; what they do not name is mixed_bfloat16."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every setting, with its unit. The defaults are for two CPU cores."""
 
-    policies: _run.Policies = ("float32", "mixed_bfloat16", "mixed_float16")
-    """Policy strings; the first is the reference."""
+    policies: _run.Policies = ("float32", "mixed_bfloat16", "mixed_float16", "mixed_fp8", "by_path")
+    """Policy strings, or by_path for the map above; the first is the reference."""
     rules: _run.Rules = ()
     """A policy map of your own, trained as one more policy; what no pattern names is mixed_bfloat16. Repeat it."""
     steps: int = 1000
@@ -81,6 +90,16 @@ class Config:
     """Steps between checkpoints; 0: only at the end and at a signal. Default: a tenth of the steps."""
     progress: bool = True
     """Show a progress bar."""
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "cpu": {},
+    "h100": {
+        "width": 512, "depth": 8, "heads": 8, "context": 1024, "batch_size": 64, "accumulate": 2, "remat": "nothing",
+        "steps": 2000, "learning_rate": 6e-4,
+    },
+}  # fmt: skip
+"""What the named sizes change of the defaults."""
 
 
 class Block(nn.Module):
@@ -166,7 +185,7 @@ def step_options(config: Config) -> dict:
 
 def main(config: Config) -> list[dict]:
     """Train under each policy and compare; returns the rows of the table."""
-    policies = _run.policy_maps(config.policies, config.rules)
+    policies = _run.policy_maps(config.policies, config.rules, by_path=BY_PATH)
     _data.shakespeare()  # where it is missing, nothing is begun
     folder = _run.open_folder(config, "language_gpt")
     plan = _run.Plan(

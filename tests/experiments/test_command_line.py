@@ -39,7 +39,7 @@ def test_fields_are_overridden_by_name():
 
 def test_a_preset_changes_the_defaults_and_what_else_is_given_changes_the_preset(monkeypatch, capsys):
     presets = {"cpu": {}, "h100": {"width": 512, "steps": 2000}}
-    monkeypatch.setattr(language_gpt, "PRESETS", presets, raising=False)
+    monkeypatch.setattr(language_gpt, "PRESETS", presets)
 
     def parsed(*args):
         return _run.parse(language_gpt.Config, None, list(args))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import mpjax
-from experiments import _data, language_gpt
+from experiments import _data, _run, language_gpt
 from mpjax.measure.audit import audit
 
 SMALL = {"width": 16, "depth": 1, "heads": 2, "context": 16, "batch_size": 8, "eval_windows": 16}
@@ -63,6 +63,22 @@ def test_all_products_of_the_real_size_are_in_half(policy):
     state = jax.eval_shape(job.state, jax.random.key(0))
     found = audit(job.step(clip_norm=1.0, accumulate=2).pure, state, job.batches(0))
     assert found.share(policy.removeprefix("mixed_")) >= 0.95
+
+
+@pytest.mark.parametrize(
+    "policy, mlp, attention, head",
+    [("mixed_fp8", "float8", "float8", "bfloat16"), ("by_path", "float8", "bfloat16", "float32")],
+)
+def test_float8_multiplies_in_the_scanned_blocks(policy, mlp, attention, head):
+    named = _run.policy_maps((policy,), by_path=language_gpt.BY_PATH)[policy]
+    job = language_gpt.make_job(language_gpt.Config(remat="nothing"), named)
+    state = jax.eval_shape(job.state, jax.random.key(0))
+    found: dict[str, set[str]] = {}
+    for op in audit(job.step().pure, state, job.batches(0)).ops:
+        if op.flops:
+            found.setdefault(op.path, set()).update(x.partition("_")[0] for x in op.operands)
+    expected = {"layers/up": mlp, "layers/down": mlp, "layers/attention/query": attention, "embed": head}
+    assert {path: found[path] for path in expected} == {path: {dtype} for path, dtype in expected.items()}
 
 
 def test_no_byte_sees_a_later_one():
