@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from pathlib import Path
@@ -75,6 +76,8 @@ class TensorBoardWriter(Hook):
             raise ImportError(
                 "TensorBoardWriter needs tensorboardX; install mpjax[experiments], or leave it out"
             ) from error
+        # It warns of each infinity, and does not say of which. A skipped step has one, and is told as skipped.
+        logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
         self._writer: Any = SummaryWriter(str(folder))
 
     def on_step(self, attempt: int, metrics: dict[str, float]) -> None:
