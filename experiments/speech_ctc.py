@@ -67,6 +67,8 @@ class Config:
     """Training strings are played faster or slower by up to this share."""
     masked: int = 8
     """Twice, up to so many neighbouring mel bands of a training string are masked."""
+    dropout: float = 0.0
+    """Share of what each part of a block adds that is dropped."""
     width: int = 96
     """Features a frame."""
     depth: int = 2
@@ -93,8 +95,10 @@ class Config:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {},
-    "h100": {"steps": 2000, "batch_size": 64, "learning_rate": 1e-3, "width": 256, "depth": 6, "eval_every": 250},
-}
+    "h100": {
+        "steps": 2000, "batch_size": 64, "learning_rate": 1e-3, "width": 256, "depth": 6, "dropout": 0.2, "eval_every": 250,
+    },
+}  # fmt: skip
 """The fields that each machine's run changes."""
 
 
@@ -106,16 +110,21 @@ class Block(nn.Module):
 
     width: int
     heads: int
+    dropout: float
 
     @nn.compact
-    def __call__(self, x_BxTxD, mask_Bx1x1xT):
+    def __call__(self, x_BxTxD, mask_Bx1x1xT, train: bool):
+        def dropped(x):
+            return nn.Dropout(self.dropout, deterministic=not train)(x)
+
         h = nn.LayerNorm(name="norm1")(x_BxTxD)
-        x_BxTxD = x_BxTxD + nn.MultiHeadDotProductAttention(self.heads, name="attention")(h, mask=mask_Bx1x1xT)
+        h = nn.MultiHeadDotProductAttention(self.heads, name="attention")(h, mask=mask_Bx1x1xT)
+        x_BxTxD = x_BxTxD + dropped(h)
         h = nn.LayerNorm(name="norm_near")(x_BxTxD)
-        x_BxTxD = x_BxTxD + nn.gelu(nn.Conv(self.width, (7,), name="near")(h))
+        x_BxTxD = x_BxTxD + dropped(nn.gelu(nn.Conv(self.width, (7,), name="near")(h)))
         h = nn.LayerNorm(name="norm2")(x_BxTxD)
         h_BxTxF = nn.gelu(nn.Dense(4 * self.width, name="up")(h))
-        return x_BxTxD + nn.Dense(self.width, name="down")(h_BxTxF)
+        return x_BxTxD + dropped(nn.Dense(self.width, name="down")(h_BxTxF))
 
 
 class Subsample(nn.Module):
@@ -135,13 +144,14 @@ class Recogniser(nn.Module):
     width: int
     depth: int
     heads: int
+    dropout: float
 
     @nn.compact
-    def __call__(self, mel_BxTxM, frames_B):
+    def __call__(self, mel_BxTxM, frames_B, train: bool = False):
         x_BxTxD = Subsample(self.width, name="subsample")(mel_BxTxM)
         mask_Bx1x1xT = ~padding(frames_B, x_BxTxD.shape[1])[:, None, None]
         for i in range(self.depth):
-            x_BxTxD = Block(self.width, self.heads, name=f"layers_{i}")(x_BxTxD, mask_Bx1x1xT)
+            x_BxTxD = Block(self.width, self.heads, self.dropout, name=f"layers_{i}")(x_BxTxD, mask_Bx1x1xT, train)
         return nn.Dense(BLANK + 1, name="head")(nn.LayerNorm(name="norm")(x_BxTxD))
 
 
@@ -192,7 +202,7 @@ def held_out_strings(recordings: _data.Recordings, config: Config) -> dict[str, 
 def make_job(config: Config, policy: mpjax.PolicyMap) -> mpjax.Job:
     """The model, its loss, its optimizer and its data under one policy."""
     data = _data.spoken_digits(config.held_out)
-    model = mpjax.wrap(Recogniser(config.width, config.depth, config.heads), policy)
+    model = mpjax.wrap(Recogniser(config.width, config.depth, config.heads, config.dropout), policy)
     by_speaker = [np.flatnonzero(data.train.speaker == s) for s in np.unique(data.train.speaker)]
 
     def batches(attempt: int):
@@ -202,7 +212,8 @@ def make_job(config: Config, policy: mpjax.PolicyMap) -> mpjax.Job:
         return _data.strings(data.train, chosen, random, config.seconds, config.stretch, config.masked)
 
     def forward(params, mstate, batch, rng=None):
-        logits_BxTxV, mstate = model.apply(params, mstate, batch["mel"], batch["frames"], rng=rng)
+        train = rng is not None
+        logits_BxTxV, mstate = model.apply(params, mstate, batch["mel"], batch["frames"], rng=rng, train=train)
         return logits_BxTxV, padding(batch["frames"], logits_BxTxV.shape[1]), mstate
 
     def ctc(logits_BxTxV, padding_BxT, batch):

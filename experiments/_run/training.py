@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,9 @@ from mpjax.measure.runs import read_runs
 from mpjax.train.writers import JsonlWriter, ProgressBar, TensorBoardWriter
 
 ROW, CHECKPOINTS, METRICS = "row.json", "checkpoints", "metrics.jsonl"
+
+LOADERS = min(8, max(1, (os.cpu_count() or 1) // 4))
+"""Threads that make batches. On a machine with a few cores the step itself has need of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +120,9 @@ def train(name: str, job: mpjax.Job, folder: Path, plan: Plan, mesh: jax.shardin
         stepping.calls = first  # so that the same attempts are probed
     if plan.progress:
         hooks.append(ProgressBar(plan.attempts, name))
+    batches = mpjax.prefetch(job.batches, depth=max(2, LOADERS), workers=LOADERS)
     result = mpjax.fit(
-        stepping, state, mpjax.prefetch(job.batches), attempts=plan.attempts, eval_step=eval_step, eval_batches=job.eval_batches,
+        stepping, state, batches, attempts=plan.attempts, eval_step=eval_step, eval_batches=job.eval_batches,
         eval_every=plan.eval_every, cast=job.model.cast_params, best=plan.best, hooks=hooks, earlier=earlier,
     )  # fmt: skip
     if not result.history:

@@ -110,7 +110,7 @@ def test_the_errors_of_decoded_strings_are_those_counted_by_hand():
 def test_the_rate_is_over_all_digits_and_no_mean_over_batches(monkeypatch):
     """Who hears one 0, always, makes no error in "0" and 2 in "012": 2 of 4, where a mean over batches would be 1 of 3."""
 
-    def hears_0(params, mstate, mel, frames, rng=None):
+    def hears_0(params, mstate, mel, frames, rng=None, train=False):
         return jnp.zeros((*mel.shape[:1], 4, 11)) + params["w"], mstate
 
     monkeypatch.setattr(mpjax, "wrap", lambda *_: mpjax.Model(lambda rng, *x: ({"w": jnp.zeros(())}, {}), hears_0))
@@ -121,6 +121,17 @@ def test_the_rate_is_over_all_digits_and_no_mean_over_batches(monkeypatch):
     ]
     found = mpjax.evaluate(mpjax.make_eval_step(job.eval_fn), job.state(jax.random.key(0)), batches)
     assert found["digit_error_rate"] == 2 / 4
+
+
+def test_units_are_dropped_in_training_alone():
+    job = make(dropout=0.5)
+    params, mstate = jax.jit(job.model.init)(jax.random.key(0), *job.sample)
+    batch = job.batches(0)
+    loss = jax.jit(lambda rng: job.loss_fn(params, mstate, batch, rng)[0])
+    held_out, without = (jax.jit(lambda j=j: j.eval_fn(params, mstate, batch)["loss"]) for j in (job, make()))
+    first, again, other = (float(loss(jax.random.key(n))) for n in (1, 1, 2))
+    assert first == again != other
+    assert float(held_out()) == float(without())
 
 
 HALVES = {
