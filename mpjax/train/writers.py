@@ -95,7 +95,7 @@ class TensorBoardWriter(Hook):
 
 
 class ProgressBar(Hook):
-    """A rich progress bar: attempts, loss, loss scale, skipped steps, time left.
+    """A rich progress bar: attempts, loss, loss scale, skipped steps, rate (of the last half minute), time left.
 
     Args:
       attempts: how many the run will make.
@@ -106,16 +106,18 @@ class ProgressBar(Hook):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         fields = TextColumn("loss {task.fields[loss]}  scale {task.fields[scale]}  skipped {task.fields[skipped]}")
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), fields, TimeRemainingColumn())
-        self._bar = Progress(*columns)
-        self._task = self._bar.add_task(f"{name:>16}", total=attempts, loss="-", scale="-", skipped="-")
+        rate, name_of = TextColumn("{task.fields[rate]} steps/s"), TextColumn("{task.description}")
+        self._bar = Progress(name_of, BarColumn(20), MofNCompleteColumn(), fields, rate, TimeRemainingColumn())
+        self._task = self._bar.add_task(f"{name:>16}", total=attempts, loss="-", scale="-", skipped="-", rate="-")
         self._bar.start()
 
     def on_step(self, attempt: int, metrics: dict[str, float]) -> None:
         loss, scale, skipped = (metrics[name] for name in ("loss", "loss_scale", "skipped"))
+        (task,) = self._bar.tasks
         self._bar.update(
-            self._task, completed=attempt + 1, loss=f"{loss:.4f}", scale=f"{scale:g}", skipped=f"{skipped:.0f}"
-        )
+            self._task, completed=attempt + 1, loss=f"{loss:.4f}", scale=f"{scale:g}", skipped=f"{skipped:.0f}",
+            rate="-" if task.speed is None else f"{task.speed:.3g}",
+        )  # fmt: skip
 
     def on_end(self, result: FitResult) -> None:
         self._bar.stop()

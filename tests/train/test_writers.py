@@ -143,7 +143,8 @@ def test_without_tensorboardx_the_error_names_the_extra(tmp_path, monkeypatch):
 
 
 def test_the_bar_shows_where_the_run_is(monkeypatch):
-    console = rich.console.Console(file=io.StringIO(), width=120, force_terminal=True)
+    clock = iter(np.arange(0, 1e4, 0.125))  # each look at it, an eighth of a second
+    console = rich.console.Console(file=io.StringIO(), width=120, force_terminal=True, get_time=lambda: next(clock))
     monkeypatch.setattr(rich.progress, "get_console", lambda: console)
     bar = ProgressBar(4, "mixed_float16")
     for attempt in range(3):
@@ -152,6 +153,7 @@ def test_the_bar_shows_where_the_run_is(monkeypatch):
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue()).rsplit("mixed_float16", 1)[1]
     for words in ("3/4", "loss 0.1000", "scale 32768", "skipped 2"):
         assert words in shown
+    assert re.search(r"skipped 2 [\d.]+ steps/s 0:00:0\d", shown)
     console.file.truncate(0)
     bar.on_end(FitResult(None))  # it is over: nothing moves any more
     assert "3/4" not in console.file.getvalue()
