@@ -65,7 +65,11 @@ class Case:
 
 
 def cases(
-    ways: Iterable[Way], devices: Iterable[int], scaling: Iterable[Scaling], reduce: Iterable[Reduced], accumulate: Iterable[int]
+    ways: Iterable[Way],
+    devices: Iterable[int],
+    scaling: Iterable[Scaling],
+    reduce: Iterable[Reduced],
+    accumulate: Iterable[int],
 ) -> Iterator[Case]:
     """Every combination, the first value of each setting first; one device and the most devices before those between."""
     counts = sorted(set(devices))
@@ -144,7 +148,7 @@ class Maker:
 
     def program(self, case: Case) -> Program:
         """Step, state and batch of one case, placed."""
-        loss_fn, optimizer, _ = self._parts(case)
+        loss_fn, optimizer, _ = self.parts(case)
         clip, skip = self.settings.clip_norm, self.side.skip
         batch = data.tokens(dataclasses.replace(self.work, batch=case.rows(self.work)), self.settings.seed)
         if case.devices == 1:
@@ -159,15 +163,18 @@ class Maker:
 
     def state(self, case: Case) -> Any:
         """The state at step 0, made where it is to lie: the same numbers whatever the devices."""
-        return self._creating(case.way if case.devices > 1 else "data", case.devices)(jax.random.key(self.settings.seed))
+        return self._creating(case.way if case.devices > 1 else "data", case.devices)(
+            jax.random.key(self.settings.seed)
+        )
 
     def shardings(self, case: Case) -> Any:
         """Where each leaf of the state lies."""
-        create = self._parts(case).create
+        create = self.parts(case).create
         shapes = jax.eval_shape(create, jax.random.key(0))
         return state_shardings(shapes, mesh_of(case, self.tensor), rules_of(case.way, self.least))
 
-    def _parts(self, case: Case) -> gpt.Parts:
+    def parts(self, case: Case) -> gpt.Parts:
+        """What the program of one case is made of."""
         work, chunk = self.work, gpt.CHUNK
         if case.devices > 1 and case.way == "fsdp+tensor":
             # Cut by columns, a kernel of all three would have the query's on one device and the value's on another.
@@ -180,6 +187,6 @@ class Maker:
 
     def _compiled_creation(self, way: Way, devices: int) -> Any:
         case = Case(way, devices, "weak", "bfloat16", 1)
-        create = self._parts(case).create
+        create = self.parts(case).create
         made = jax.jit(create) if devices == 1 else jax.jit(create, out_shardings=self.shardings(case))
         return made.lower(jax.random.key(0)).compile()
