@@ -195,7 +195,7 @@ def _first_operand(rest: str) -> str:
 
 
 def _devices(kind: str, rest: str, everyone: int) -> int:
-    """How many devices take part in one exchange: the groups are written in one of three ways, or all are one."""
+    """How many devices take part in one exchange: groups are listed, tiled, or axes of a mesh, or all are one."""
     if kind == "collective-permute":
         pairs = re.findall(r"\{(\d+),(\d+)\}", rest.partition("source_target_pairs=")[2].partition("}}")[0] + "}")
         return 2 if any(a != b for a, b in pairs) or not pairs else 1
@@ -203,7 +203,7 @@ def _devices(kind: str, rest: str, everyone: int) -> int:
         return len(listed[1].split(","))
     if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest):
         return int(tiled[1])
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\S*\))? \{([^}]*)\}", rest):
         sizes = {name: int(n) for name, n in re.findall(r"'?([\w.]+)'?=(\d+)", named[1])}
         # An axis may be cut: `'data':(1)4` is four of its devices.
         along = re.findall(r"'?([\w.]+)'?(?::\(\d+\)(\d+))?(?:,|$)", named[2].replace(" ", ""))

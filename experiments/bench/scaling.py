@@ -18,7 +18,7 @@ Method     one process, one case at a time, its state freed before the next; wha
            device and the most devices come first, and within them the first value of each setting.
 Memory     a device tells the most since the process began: it is shown for a case that rose above all before it. So
            give `--ways fsdp data`, or a run of its own, where fsdp's own peak is wanted.
-Time       a case of 1.3B takes a compilation of about a minute and some seconds of steps; `--tiny` is for a CPU.
+Time       each case compiles a step: a quarter of a minute with --tiny on 2 CPU cores, not yet measured on GPUs.
 Run        python -m experiments.bench.scaling gpt-1.3b --devices 1 8 --ways data fsdp --out FOLDER --stop-after 500
            python -m experiments.bench.scaling table FOLDER...      the tables of runs, in Markdown
            python -m experiments.bench.scaling checks --devices 8   what must hold on several devices (`goals.py`)
@@ -110,7 +110,8 @@ def options(given: tuple[str, ...]) -> dict[str, str | bool]:
     """
     if wrong := [text for text in given if "=" not in text]:
         raise Refused(f"got --compiler {wrong[0]}; legal is NAME=VALUE, such as xla_gpu_enable_nccl_user_buffers=true")
-    return {name: value for name, _, value in (text.partition("=") for text in given)}
+    truths = {"true": True, "false": False}
+    return {name: truths.get(value.lower(), value) for name, _, value in (text.partition("=") for text in given)}
 
 
 class OnMany(Ready):
