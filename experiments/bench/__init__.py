@@ -9,6 +9,7 @@ Method     every side in a process of its own, so that its peak memory is its ow
 Reads      step time, rate, TFLOP/s, their share of the product rate, peak memory, time to trace and to compile, the
            host's time a step. TFLOP/s count what the model needs (`flops.py`), not what a program computes again.
 In turn    for ratios to a percent: `--in-turn flax mpjax` runs JAX sides in one process, their blocks in turn.
+Devices    one; `scaling.py` runs the tuned GPT over several of one host, and says what moves between them.
 Data       random tokens and pictures from the seed: speed does not depend on them. The same batch at every step.
 Time       4 minutes a row on an H100; `--tiny` some seconds on a CPU, which says nothing of speed.
 Run        python -m experiments.bench gpt2-bf16 --out FOLDER        one row: FOLDER/gpt2-bf16.json and a table

@@ -21,6 +21,8 @@ from experiments.bench.rows import ROWS, Settings
 from experiments.bench.side_jax import room_of
 from mpjax.measure.table import policy_table
 
+PROG = "python -m experiments.bench"
+
 VARIABLES = ("XLA_FLAGS", "CUDA_VISIBLE_DEVICES")
 """Of the environment: kept in the record, with all that begin with JAX_, XLA_ or TORCH."""
 
@@ -84,8 +86,8 @@ def main(config: Config) -> int:
     record: dict[str, Any] = {
         "row": config.row, "work": dataclasses.asdict(work), "flops": flops.step_flops(work),
         "items": work.items, "unit": work.unit, "settings": dataclasses.asdict(config.settings),
-        "date": datetime.datetime.now().isoformat(timespec="seconds"), "command": _command(sys.argv[1:]),
-        "variables": {name: value for name, value in os.environ.items() if _told(name)},
+        "date": datetime.datetime.now().isoformat(timespec="seconds"), "command": typed(PROG, sys.argv[1:]),
+        "variables": {name: value for name, value in os.environ.items() if told(name)},
         "described": {name: dataclasses.asdict(side) for name, side in ROWS[config.row].sides.items()},
         "products": {}, "sides": {}, "in_turn": {}, "imports": {},
     }  # fmt: skip
@@ -125,29 +127,30 @@ def show(record: dict[str, Any], folder: Path) -> None:
         console.print(note, markup=False)
 
 
-def _command(args: list[str]) -> str:
+def typed(prog: str, args: list[str]) -> str:
     """What was typed, without the folder, which is nobody else's affair."""
     shown = ["FOLDER" if before == "--out" else arg for before, arg in zip(["", *args], args, strict=False)]
-    return shlex.join(["python", "-m", "experiments.bench", *shown])
+    shown = ["--out=FOLDER" if arg.startswith("--out=") else arg for arg in shown]
+    return f"{prog} {shlex.join(shown)}"
 
 
 def run(args: list[str]) -> int:
     """The command line: `ROW …`, or `table FOLDER…`. 2: it was not understood."""
     from experiments import bench
 
-    prog = "python -m experiments.bench"
     try:
         if args[:1] == ["table"]:
-            given = tyro.cli(Tables, args=args[1:], prog=f"{prog} table")
+            given = tyro.cli(Tables, args=args[1:], prog=f"{PROG} table")
             print("\n".join(table.markdown(record) for record in table.load(given.folders)))
             return 0
-        return main(tyro.cli(Config, description=bench.__doc__, args=args, prog=prog))
+        return main(tyro.cli(Config, description=bench.__doc__, args=args, prog=PROG))
     except KeyboardInterrupt:
         return 130
     except Refused as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        print(f"{PROG}: {error}", file=sys.stderr)
         return 2
 
 
-def _told(name: str) -> bool:
+def told(name: str) -> bool:
+    """Whether a variable of the environment is kept in a record."""
     return name in VARIABLES or name.startswith(("JAX_", "XLA_", "TORCH"))

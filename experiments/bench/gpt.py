@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,8 +76,26 @@ class GPT(nn.Module):
         return self.embed.attend(self.features(token_BxT))
 
 
-def build(work: Work, side: Side, settings: Settings) -> Program:
-    """GPT-2's recipe (AdamW, decay on every param) under a policy."""
+class Parts(NamedTuple):
+    """What a step and its state are made of, before either is placed anywhere.
+
+    Args:
+      loss_fn: of a batch of tokens, int32 `[rows, context + 1]`.
+      optimizer: as `make_train_step` takes it.
+      create: from a key to a `TrainState`; can be jitted, so that the state is made where it is to lie.
+    """
+
+    loss_fn: Any
+    optimizer: optax.GradientTransformation
+    create: Callable[[jax.Array], TrainState]
+
+
+CHUNK = 4096
+"""Tokens whose logits exist at a time where the loss is chunked."""
+
+
+def parts(work: Work, side: Side, optimizer: optax.GradientTransformation | None = None, chunk: int = CHUNK) -> Parts:
+    """Loss and state under a policy; GPT-2's recipe (AdamW, decay on every param) if no optimizer is given."""
     model = wrap(GPT(work, side.recompute), side.policy)
     half = get_policy(side.policy).compute_dtype
 
@@ -91,14 +111,23 @@ def build(work: Work, side: Side, settings: Settings) -> Program:
             table_VxD,
             token_BxT1[:, 1:],
             transposed=True,
-            chunk=4096,
+            chunk=chunk,
             compute_dtype=half,
             logits_dtype=half,  # as the head of the wrapped model rounds them
         )
         return pair, Aux(mstate)
 
-    optimizer = optax.adamw(3e-4, b1=0.9, b2=0.95, weight_decay=0.1)
+    recipe = optimizer or optax.adamw(3e-4, b1=0.9, b2=0.95, weight_decay=0.1)
+
+    def create(key: jax.Array) -> TrainState:
+        return TrainState.create(model, recipe, key, jnp.zeros((1, work.context), jnp.int32))
+
+    return Parts({"plain": plain, "chunked": chunked}[side.loss], recipe, create)
+
+
+def build(work: Work, side: Side, settings: Settings) -> Program:
+    """The step of one device."""
+    loss_fn, optimizer, create = parts(work, side)
     batch = jnp.asarray(data.tokens(work, settings.seed))
-    state = TrainState.create(model, optimizer, jax.random.key(settings.seed), batch[:1, :-1])
-    loss_fn = {"plain": plain, "chunked": chunked}[side.loss]
-    return Program(make_train_step(loss_fn, optimizer, clip_norm=settings.clip_norm, skip=side.skip), state, batch)
+    step = make_train_step(loss_fn, optimizer, clip_norm=settings.clip_norm, skip=side.skip)
+    return Program(step, create(jax.random.key(settings.seed)), batch)

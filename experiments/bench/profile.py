@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import re
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,9 @@ KINDS = (
 """From kind to a pattern that the kernel's name holds, in any case; the first counts. "" and others: by their own name."""
 
 TOP = 40
+
+GPU = "/device:GPU"
+"""So the name of a GPU's plane in a trace begins."""
 
 
 class Kernel(NamedTuple):
@@ -72,8 +76,9 @@ def summary(kernels: Iterable[Kernel], steps: int, origin: Mapping[str, str]) ->
     return {"steps": steps, "ms": total / steps / 1e6, "kinds": by_kind, "top": top}
 
 
-def kernels(call: Call, wait: Wait, steps: int, origin: Mapping[str, str]) -> dict[str, Any]:
-    """Run some steps under jax's profiler and sum up what ran on the device."""
+@contextlib.contextmanager
+def traced(call: Call, wait: Wait, steps: int) -> Iterator[list[Path]]:
+    """Run some steps under jax's profiler; the traces, which can be read in this block alone."""
     import jax
 
     call()
@@ -86,8 +91,13 @@ def kernels(call: Call, wait: Wait, steps: int, origin: Mapping[str, str]) -> di
         with warnings.catch_warnings():
             # jaxlib makes types in a way that Python 3.12 calls outdated; as an error that would end the process.
             warnings.simplefilter("ignore", DeprecationWarning)
-            ran = [kernel for path in Path(folder).rglob("*.xplane.pb") for kernel in read(path)]
-    return summary(ran, steps, origin)
+            yield list(Path(folder).rglob("*.xplane.pb"))
+
+
+def kernels(call: Call, wait: Wait, steps: int, origin: Mapping[str, str]) -> dict[str, Any]:
+    """Sum up what ran on the device in some steps."""
+    with traced(call, wait, steps) as paths:
+        return summary([kernel for path in paths for kernel in read(path)], steps, origin)
 
 
 def read(path: Path) -> list[Kernel]:
@@ -96,16 +106,19 @@ def read(path: Path) -> list[Kernel]:
 
     trace = jax.profiler.ProfileData.from_file(str(path))  # it owns what its planes point to
     planes = list(trace.planes)
-    device = [line for plane in planes if plane.name.startswith("/device:GPU") for line in plane.lines]
-    # Beside its streams a GPU may have lines that the profiler derives from them: the same time once more.
-    lines = [line for line in device if line.name.startswith("Stream")] or device
+    device = [line for plane in planes if plane.name.startswith(GPU) for line in streams(plane)]
     found = []
-    for line in lines or (line for plane in planes for line in plane.lines):
+    for line in device or (line for plane in planes for line in plane.lines):
         for event in line.events:
             op = str(dict(event.stats).get("hlo_op", ""))
             if device or op:
                 found.append(Kernel(event.name, op, float(event.duration_ns)))
     return found
+
+
+def streams(plane: Any) -> list[Any]:
+    """The lines of a GPU in which its kernels stand once: there may be others, derived from them by the profiler."""
+    return [line for line in plane.lines if line.name.startswith("Stream")] or list(plane.lines)
 
 
 def origins(hlo: str) -> dict[str, str]:

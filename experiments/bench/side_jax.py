@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import platform
 import statistics
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
+from experiments.bench.program import Program
 from experiments.bench.rows import GPT, Settings, Side, Work
 from experiments.bench.timing import block_ms, clocked, host_ms
 
@@ -20,23 +22,20 @@ def room_of(work: Work, by: str) -> str:
     return f"experiments.bench.{name}" + ("" if by == "mpjax" else f"_{by}")
 
 
-class Compiled:
-    """A side that is ready to run, and what it took to get there."""
+class Ready:
+    """A program that is ready to run, lowered and compiled once, and the seconds that it took to get there."""
 
-    def __init__(self, work: Work, side: Side, settings: Settings):
-        room, imported = clocked(lambda: importlib.import_module(room_of(work, side.by)))
+    def __init__(self, program: Program, compiler: Mapping[str, str | bool] | None = None):
         import jax
 
-        jax.config.update("jax_enable_compilation_cache", False)  # compile time is to be cold
         self._wait = jax.block_until_ready
-        program, built = clocked(lambda: jax.block_until_ready(room.build(work, side, settings)))
         self.step, self.state, self.batch = program
         lowered, traced = clocked(lambda: self.step.lower(self.state, self.batch))
         # `step(...)` finds what is compiled here, and compiles nothing again; but not what has options of its own.
-        self.executable, compiled = clocked(lambda: lowered.compile(side.compiler or None))
-        if side.compiler:
+        self.executable, compiled = clocked(lambda: lowered.compile(dict(compiler) if compiler else None))
+        if compiler:
             self.step = self.executable
-        self.seconds = {"import": imported, "build": built, "trace": traced, "compile": compiled}
+        self.seconds = {"trace": traced, "compile": compiled}
         self.metrics: dict[str, Any] = {}
 
     def call(self) -> None:
@@ -54,6 +53,19 @@ class Compiled:
             self.call()
             found.append(self.metrics["loss"])
         return [float(x) for x in found]
+
+
+class Compiled(Ready):
+    """A side that is ready to run, and what it took to get there."""
+
+    def __init__(self, work: Work, side: Side, settings: Settings):
+        room, imported = clocked(lambda: importlib.import_module(room_of(work, side.by)))
+        import jax
+
+        jax.config.update("jax_enable_compilation_cache", False)  # compile time is to be cold
+        program, built = clocked(lambda: jax.block_until_ready(room.build(work, side, settings)))
+        super().__init__(program, side.compiler)
+        self.seconds = {"import": imported, "build": built, **self.seconds}
 
 
 def measure(work: Work, side: Side, settings: Settings) -> dict[str, Any]:

@@ -42,6 +42,9 @@ def gather_apart(
     names = axis if isinstance(axis, tuple) else (axis,)
     devices = devices_along(mesh, axis, "the batch")
     whole, rows = PartitionSpec(), PartitionSpec(axis)
+    if devices == 1:  # nothing to sum, and where another axis has several devices XLA fails on a sum over one
+        rng = jax.random.fold_in(rng, 0)
+        return gather(loss_fn, trained, frozen, mstate, batch, rng, loss_scale, accumulate)
 
     def on_each(batch: Batch, trained: Params, frozen: Params, mstate: MState, *rest: Any) -> Gathered:
         rng, loss_scale = rest

@@ -17,6 +17,7 @@ from mpjax.train.step import make_train_step
 from tests.train.meshes import (
     KEY,
     PLACEMENTS,
+    TENSOR,
     WIDTHS,
     agree,
     apart,
@@ -170,6 +171,19 @@ def test_reduced_apart_the_step_is_the_same(name, dtype, accumulate, loss, toler
         assert placements_of(state) == before
         found.append(jax.device_get((metrics, state.params, state.mstate, state.opt_state)))
     assert apart(found[1], found[0]) <= tolerance
+
+
+@pytest.mark.usefixtures("quick")
+def test_one_device_along_the_batchs_axis_has_nothing_to_sum():
+    """XLA refused the sum over one device where the other axis has eight: a RET_CHECK of its partitioner."""
+    mesh = jax.make_mesh((1, 8), ("data", "model"))
+    found = []
+    for reduce_dtype in (None, "float32"):
+        state = mpjax.shard_state(created(RECORDED), mesh, TENSOR)
+        step = make_train_step(masked_loss(), RECORDED, mesh=mesh, reduce_dtype=reduce_dtype)
+        state, metrics = step(state, mpjax.shard_batch(batch_of(), mesh))
+        found.append(jax.device_get((metrics, state.params, state.opt_state)))
+    assert apart(found[1], found[0]) <= 2e-6
 
 
 def tiny(loss_fn, mstate=None, **options):
