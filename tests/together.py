@@ -84,6 +84,10 @@ def digests(state: Any) -> dict[str, str]:
     return {path_of(keys): digest(x) for keys, x in jax.tree_util.tree_flatten_with_path(state)[0]}
 
 
+def eval_fn(params: Any, mstate: Any, batch: Any) -> dict[str, Any]:
+    return {"loss": loss_fn(params, mstate, batch, None)[0]}
+
+
 class Pair:
     """What both scenarios stand on: the mesh over both processes, and the run on it."""
 
@@ -105,7 +109,10 @@ class Pair:
         earlier = saver.resume(self.like())
         hooks = (JsonlWriter(self.folder / f"{name}.jsonl"), saver, *hooks)
         feed = mpjax.prefetch(batches or self.rows, place=lambda batch: batch)
-        return mpjax.fit(self.step, earlier.state, feed, attempts=attempts, hooks=hooks, earlier=earlier)
+        return mpjax.fit(
+            self.step, earlier.state, feed, attempts=attempts, hooks=hooks, earlier=earlier, best="-loss",
+            eval_step=mpjax.make_eval_step(eval_fn), eval_batches=[self.rows(100)], eval_every=3,
+        )  # fmt: skip
 
 
 def over_two_axes(me: int) -> list[Any]:
@@ -133,7 +140,7 @@ def everything(pair: Pair) -> None:
     me, folder, found = pair.me, pair.folder, {}
     bar = ProgressBar(STEPS)
     result = pair.train("run", STEPS, None, bar)
-    found["history"] = result.history
+    found["history"], found["evaluations"], found["best"] = result.history, result.evaluations, result.best
     found["state"] = digests(result.state)
     found["spread"] = str(result.state.params["up"].sharding.spec)
     found["restored"] = digests(mpjax.Checkpointer(folder / "run").restore(pair.like()))
