@@ -22,7 +22,6 @@ import numpy as np
 import pytest
 
 import mpjax
-from mpjax.core import processes
 from tests import together
 from tests.together import DEVICES, HEARTBEAT, RULES, SPOILED, STEPS
 
@@ -257,59 +256,6 @@ def test_rows_of_its_own_are_all_rows_where_there_is_one_process():
         mpjax.shard_batch({"x": np.ones((12, 2))}, mesh, process_local=True)
     with pytest.raises(ValueError, match="which this mesh lacks"):
         mpjax.shard_batch(batch, mesh, "rows", process_local=True)
-
-
-class Service:
-    """The key-value store of `jax.distributed`, where process 1 says what it is told to, or nothing."""
-
-    def __init__(self, word: str | None):
-        self.word, self.kept, self.waited = word, {}, []
-
-    def key_value_set(self, key: str, value: str) -> None:
-        self.kept[key] = value
-
-    def key_value_delete(self, key: str) -> None:
-        del self.kept[key]
-
-    def blocking_key_value_get(self, key: str, milliseconds: int) -> str:
-        if key.endswith("/1") and self.word is not None:
-            return self.word
-        if key not in self.kept:
-            self.waited.append(milliseconds)
-            raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: GetKeyValue() timed out with key")
-        return self.kept[key]
-
-
-def talk(monkeypatch, word: str | None) -> Service:
-    service = Service(word)
-    monkeypatch.setattr(processes, "several", lambda: True)
-    monkeypatch.setattr(processes.distributed.global_state, "client", service)
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(processes, "_said", processes.collections.Counter())
-    return service
-
-
-def test_who_does_not_come_is_named_after_the_time_that_was_stated(monkeypatch):
-    service = talk(monkeypatch, None)
-    with pytest.raises(
-        TimeoutError, match=r"process 1 of 2 did not come to the save of step 3 within 7 s.*start all of"
-    ):
-        processes.gather("a", "the save of step 3", seconds=7)
-    (waited,) = service.waited
-    assert 6000 < waited <= 7000
-
-
-def test_who_speaks_about_something_else_is_named(monkeypatch):
-    talk(monkeypatch, json.dumps(["a restore", ""]))
-    with pytest.raises(RuntimeError, match="process 0 is at a save, process 1 at a restore; legal are the same calls"):
-        processes.gather("a", "a save")
-
-
-def test_nothing_that_was_said_stays_once_all_have_heard_it(monkeypatch):
-    service = talk(monkeypatch, json.dumps(["a save", "one"]))
-    for _ in range(5):
-        assert processes.gather("a", "a save", "zero") == ["zero", "one"]
-    assert list(service.kept) == ["mpjax/a/4/0"]
 
 
 @pytest.mark.parametrize("seconds", [0, -1.0, float("nan")])
