@@ -7,6 +7,7 @@ to be killed; gloo has its say between them.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -135,6 +136,28 @@ def refused(action: Callable[[], Any]) -> str:
     return "nothing was refused"
 
 
+def save_with_a_full_disk(checkpointer: mpjax.Checkpointer, tree: Any, me: int) -> None:
+    """Process 1 cannot write its part of step 2."""
+    write = saving.arrays.write
+
+    def full(*given: Any) -> Callable[[], None]:
+        finish = write(*given)
+
+        def fails() -> None:
+            if me:
+                raise OSError(errno.ENOSPC, "no space left on device")
+            finish()
+
+        return fails
+
+    saving.arrays.write = full
+    try:
+        checkpointer.save(tree, 2)
+        checkpointer.wait()
+    finally:
+        saving.arrays.write = write
+
+
 def everything(pair: Pair) -> None:
     """Train, save, restore, refuse, stop; say what came of it; and train again, until process 1 is killed between two steps."""
     me, folder, found = pair.me, pair.folder, {}
@@ -173,6 +196,8 @@ def everything(pair: Pair) -> None:
         "misfit": refused(lambda: beside.restore(tree | ({"more": np.ones(1)} if me else {}))),
         "none": refused(lambda: mpjax.Checkpointer(folder / "nowhere").restore(tree)),
     }
+    found["refused"]["disk"] = refused(lambda: save_with_a_full_disk(beside, tree, me))
+    beside.save(tree, 3)
     found["steps"] = beside.steps()
 
     def asking(attempt: int) -> Any:
