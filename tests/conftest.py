@@ -86,7 +86,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     compiler.get_compile_options = quick_options if quick else users_options
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def quick_environment() -> dict[str, str]:
     """The same for a process of a test's own that jax's settings reach by its environment."""
     flags = {"XLA_FLAGS": f"--{EMITTERS_OFF[0]}=false"} if has_fusion_emitters() else {}

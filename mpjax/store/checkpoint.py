@@ -6,12 +6,14 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
+from mpjax.core.processes import WAIT, several
 from mpjax.policy.patterns import governs
 from mpjax.store import folders, saving
 from mpjax.store.finite import refuse_nonfinite
@@ -19,6 +21,7 @@ from mpjax.store.leaves import Leaf, leaves_of
 from mpjax.store.manifest import CheckpointError, CheckpointWarning, DamagedError, check
 from mpjax.store.matching import cast_leaf, read_leaves, refuse_misfits
 from mpjax.store.meta import CheckpointInfo, meta_text, read_meta
+from mpjax.store.together import Together, alike
 from mpjax.train.state import TrainState, attempts_made
 
 S = TypeVar("S")
@@ -35,6 +38,9 @@ class Checkpointer:
 
     A step appears at one stroke or not at all: a run that is killed at any moment finds every completed save whole.
 
+    Several processes (`jax.distributed`) call `save` and `restore` alike, on a directory that all of them see. Each writes
+    and reads its own parts; process 0 alone locks, verifies, seals and renames; an error of one is raised on all.
+
     Args:
       directory: a folder of its own; made by the first save. It must be of this machine, or mounted.
       keep: how many of the newest steps stay; None: all.
@@ -42,6 +48,8 @@ class Checkpointer:
       asynchronous: `save` returns once the arrays are copied; the rest goes on beside training. What goes wrong there is
         raised by the next call of any method, and by `wait`. Let that be the last: a program that ends before a save does
         loses it, since Python starts no more threads then, and Orbax needs them.
+      timeout: of several processes: seconds for which one waits for the others where they meet in a save or a restore; the
+        longest that process 0 may take to seal a step is among it.
 
     Raises:
       ValueError: settings that make no sense.
@@ -54,13 +62,24 @@ class Checkpointer:
     (10, {'w': Array([0, 1, 2], dtype=int32)})
     """
 
-    def __init__(self, directory: str | Path, keep: int | None = 3, every: int = 1000, *, asynchronous: bool = False):
+    def __init__(
+        self,
+        directory: str | Path,
+        keep: int | None = 3,
+        every: int = 1000,
+        *,
+        asynchronous: bool = False,
+        timeout: float = WAIT,
+    ):
         for name, number in (("keep", keep), ("every", every)):
             if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
                 none = ", or None to keep all" if name == "keep" else ""
                 raise ValueError(f"got {name}={number!r}; legal is an int from 1{none}")
+        if not timeout > 0:
+            raise ValueError(f"got timeout={timeout!r}; legal are seconds above 0")
         self.directory = folders.local_folder(directory)
-        self.keep, self.every, self.asynchronous = keep, every, asynchronous
+        self._processes = Together(str(self.directory), timeout)
+        self.keep, self.every, self.asynchronous, self.timeout = keep, every, asynchronous, timeout
         self.restored: CheckpointInfo | None = None
         """What the step says of itself that `restore` gave back last."""
         self._thread: threading.Thread | None = None
@@ -92,24 +111,25 @@ class Checkpointer:
           FileExistsError: the step is there already, and whole.
           OSError: the disk is full, read-only or broken; what was saved before is untouched.
           TypeError: a leaf that cannot be stored, or an `extra` that is not JSON.
-          ValueError: no step, or one that is no int from 0; more than one process (each host would need its own part).
+          TimeoutError: another process did not come in time, or did not do its part.
+          ValueError: no step, or one that is no int from 0.
         """
         self.wait()
-        if jax.process_count() > 1:
-            raise ValueError(
-                f"got {jax.process_count()} processes; a Checkpointer saves the state of one: use Orbax itself for several hosts"
-            )
-        step = _position(state, step)
-        leaves = leaves_of(state)
-        refuse_nonfinite(leaves, allow_nonfinite)
-        words = meta_text(step, (leaf for leaf, _ in leaves.values()), policy, extra)
-        finish = saving.begin(self.directory, step, leaves, words, self.keep)
+
+        def describe() -> tuple[int, dict[str, tuple[Leaf, Any]], str]:
+            number, leaves = _position(state, step), leaves_of(state)
+            return number, leaves, meta_text(number, (leaf for leaf, _ in leaves.values()), policy, extra)
+
+        about = f"a save into {self.directory}"  # before anything is computed, for which all are needed
+        number, leaves, words = self._processes.all(about, describe, lambda found: alike(found[2], found[1]))
+        self._processes.all("the search for what is not finite", lambda: refuse_nonfinite(leaves, allow_nonfinite))
+        finish = saving.begin(self.directory, number, leaves, words, self.keep, self._processes)
         if self.asynchronous:
             self._thread = threading.Thread(target=self._finish_beside, args=(finish,))
             self._thread.start()
         else:
             finish()
-        return self.directory / str(step)
+        return self.directory / str(number)
 
     def _finish_beside(self, finish: Callable[[], None]) -> None:
         try:
@@ -161,6 +181,7 @@ class Checkpointer:
         Raises:
           FileNotFoundError: there is no such step, or none at all.
           CheckpointError: the step is damaged (None: all are); a leaf is missing, too many, or of another dtype or shape.
+          TimeoutError: another process did not come in time.
 
         >>> import tempfile, jax.numpy as jnp
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -169,7 +190,7 @@ class Checkpointer:
         ...     checkpointer.restore({"w": jnp.zeros(2, jnp.bfloat16)}, cast=True)
         {'w': Array([1, 1], dtype=bfloat16)}
         """
-        found = self._whole(step)
+        found = self._whole_for_all(step) if several() else self._whole(step)
         if later := [n for n in self.steps() if n > found.step and step is not None]:
             logger.warning("step %d is not the newest; a run that goes on from it cannot save %s again", step, later)
         here = leaves_of(like)
@@ -177,8 +198,10 @@ class Checkpointer:
         kept = _own_scale(like, there, {path: leaf for path, (leaf, _) in here.items()})
         wanted = {path: leaf for path, (leaf, _) in here.items() if path not in kept}
         there = {path: leaf for path, leaf in there.items() if path not in kept}
-        casts = refuse_misfits(found.step, there, wanted, cast)
-        got = read_leaves(self._arrays(found.step), there, {path: here[path][1] for path in wanted})
+        fits = f"the fitting of step {found.step}"
+        casts = self._processes.all(fits, lambda: refuse_misfits(found.step, there, wanted, cast))
+        read = partial(read_leaves, self._arrays(found.step), there, {path: here[path][1] for path in wanted})
+        got = self._processes.all(f"the reading of step {found.step}", read)
         if casts:
             logger.warning("step %d: %d leaves were cast: %s", found.step, len(casts), "; ".join(casts))
             got = {path: cast_leaf(path, x, here[path][1]) if wanted[path].dtype != there[path].dtype else x
@@ -211,6 +234,13 @@ class Checkpointer:
     def info(self, step: int | None = None) -> CheckpointInfo:
         """What a step says of itself, once it is verified; arguments and errors are those of `restore`."""
         return self._whole(step)
+
+    def _whole_for_all(self, step: int | None) -> CheckpointInfo:
+        """As `_whole`, found by process 0: two that looked might choose two steps, and each would read every byte."""
+        self.wait()
+        about = f"a restore from {self.directory}"
+        chosen = self._processes.first(about, lambda: str(self._whole(step).step))
+        return read_meta(self.directory / chosen)
 
     def _arrays(self, step: int) -> Path:
         return self.directory / str(step) / saving.ARRAYS

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from mpjax.core.processes import gather, several
 from mpjax.store.checkpoint import Checkpointer
 from mpjax.train.hooks import FitResult, Hook
 from mpjax.train.state import attempts_made
@@ -14,6 +15,9 @@ from mpjax.train.writers import word
 logger = logging.getLogger("mpjax")
 
 EVALUATIONS = "evaluations"
+
+AFTER_AN_ERROR = 30.0
+"""Seconds for which one of several processes waits for the same error on the others, to save together what there is."""
 
 
 class CheckpointHook(Hook):
@@ -24,7 +28,8 @@ class CheckpointHook(Hook):
         result = fit(step, earlier.state, batches, attempts=10_000, hooks=[hook], earlier=earlier)
 
     The end is also that of a run that SIGTERM, Ctrl-C or an error ends. If the state cannot be saved after an error, that
-    is a warning, and the error stays what it was; after a second signal nothing is saved.
+    is a warning, and the error stays what it was; after a second signal nothing is saved. Of several processes an error of
+    one alone saves nothing: the others do not come.
 
     With each state go the evaluations before it, so that `best` and `patience` count on. The metrics of single attempts
     do not: `JsonlWriter` writes them down, each before the checkpoint that counts it.
@@ -64,7 +69,9 @@ class CheckpointHook(Hook):
         Raises:
           CheckpointError: there are checkpoints, but none is whole, or the newest does not fit `like`.
         """
-        if not self.checkpointer.steps():
+        there = "checkpoints" if self.checkpointer.steps() else ""
+        about = f"the beginning of a run in {self.checkpointer.directory}"
+        if not gather("resume", about, there, self.checkpointer.timeout)[0]:
             return FitResult(like)
         state, info = self.checkpointer.restore(like), self.checkpointer.restored
         assert info is not None
@@ -91,6 +98,8 @@ class CheckpointHook(Hook):
         if result.stopped == "left":
             return
         try:
+            if result.stopped == "failed" and several():
+                gather("failed", "the end of a run after an error", seconds=AFTER_AN_ERROR)
             step = attempts_made(result.state)
             if step != self._saved:
                 self._save(step, result.state)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mpjax.core.processes import is_local, put
 from mpjax.store import arrays
 from mpjax.store.finite import finite
 from mpjax.store.leaves import Leaf
@@ -91,14 +92,14 @@ def _as_like(leaf: Leaf, found: Any, like: Any) -> Any:
         return found[()]
     if isinstance(like, np.ndarray) or isinstance(found, jax.Array):
         return found
-    return jax.device_put(found, place_of(like))
+    return put(found, place_of(like))
 
 
 def _key(leaf: Leaf, found: Any, like: Any) -> Any:
     impl = leaf.dtype.removeprefix("key<").removesuffix(">")
     if found is None:  # an array of no keys
         found = np.zeros((*leaf.shape, *jax.random.key_data(jax.random.key(0, impl=impl)).shape), np.uint32)
-    return jax.device_put(jax.random.wrap_key_data(jax.device_put(found), impl=impl), place_of(like))
+    return put(jax.random.wrap_key_data(jax.device_put(found), impl=impl), place_of(like))
 
 
 def cast_leaf(path: str, x: Any, like: Any) -> Any:
@@ -121,5 +122,6 @@ def cast_leaf(path: str, x: Any, like: Any) -> Any:
 
 def _amax(x: Any) -> float:
     """The largest finite magnitude."""
-    wide = np.abs(np.asarray(x, np.float64))
-    return float(wide[np.isfinite(wide)].max())
+    xp = np if is_local(x) else jnp  # no process holds all of what is spread over several
+    wide = xp.abs(xp.asarray(x, np.float64 if xp is np else np.promote_types(x.dtype, np.float32)))
+    return float(xp.where(xp.isfinite(wide), wide, 0).max())

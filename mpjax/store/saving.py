@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from mpjax.store.disk import write_durably
 from mpjax.store.leaves import Leaf, to_arrays
 from mpjax.store.manifest import MANIFEST, DamagedError, check, seal
 from mpjax.store.meta import META
+from mpjax.store.together import Together
 
 ARRAYS = "arrays"
 """The folder of a step that Orbax writes."""
@@ -21,9 +22,17 @@ logger = logging.getLogger("mpjax")
 
 
 def begin(
-    directory: Path, step: int, leaves: Mapping[str, tuple[Leaf, Any]], words: str, keep: int | None
+    directory: Path,
+    step: int,
+    leaves: Mapping[str, tuple[Leaf, Any]],
+    words: str,
+    keep: int | None,
+    processes: Together,
 ) -> Callable[[], None]:
     """Take the right to write and begin; the leaves may change as soon as this returns.
+
+    Of several processes each writes its own parts of the arrays. All else process 0 does for all: the lock, `meta.json`,
+    the manifest once every part is on the disk, the rename, and the removal of what is old.
 
     Args:
       directory: of the steps; made if it is not there.
@@ -31,6 +40,7 @@ def begin(
       leaves: as `leaves_of` gives them.
       words: the text of `meta.json`.
       keep: how many steps stay, this one among them; None: all.
+      processes: who saves together.
 
     Returns:
       What waits for Orbax, seals the folder and puts it in its place.
@@ -40,27 +50,38 @@ def begin(
       FileExistsError: the step is there already.
       OSError: the disk refuses. Nothing of the step stays, nor if it refuses later on.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = folders.Lock(directory)
-    with _released_on_error(lock):
+    alone = contextlib.ExitStack()  # what process 0 holds: the right to write, and the folder until it is a step
+
+    def prepare() -> str:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = alone.enter_context(contextlib.closing(folders.Lock(directory)))
         if lock.alone:
             folders.sweep(directory)
         _make_room(directory, step)
         folder = folders.temporary(directory, step)
-        with folders.discarded_on_error(folder):
-            write_durably(folder / META, words)
-            written = arrays.write(folder / ARRAYS, to_arrays(leaves))
+        alone.enter_context(folders.discarded_on_error(folder))
+        write_durably(folder / META, words)
+        return folder.name
+
+    def publish() -> str:
+        seal(folder)
+        folders.publish(folder, directory, step)
+        others = [old for old in folders.steps(directory) if old != step]
+        for old in others[: max(len(others) + 1 - keep, 0)] if keep else []:
+            folders.remove(directory, old)
+        return folder.name
 
     def finish() -> None:
-        with contextlib.closing(lock):
-            with folders.discarded_on_error(folder):
-                written()
-                seal(folder)
-                folders.publish(folder, directory, step)
-            others = [old for old in folders.steps(directory) if old != step]
-            for old in others[: max(len(others) + 1 - keep, 0)] if keep else []:
-                folders.remove(directory, old)
+        with held:
+            processes.all(f"the end of the writing of step {step}", written)
+            processes.first(f"the publication of step {step}", publish)
 
+    with alone:
+        folder = directory / processes.first(f"the beginning of the save of step {step}", prepare)
+        written = processes.all(
+            f"the writing of step {step}", lambda: arrays.write(folder / ARRAYS, to_arrays(leaves), processes.seconds)
+        )
+        held = alone.pop_all()
     return finish
 
 
@@ -76,12 +97,3 @@ def _make_room(directory: Path, step: int) -> None:
         folders.remove(directory, step)
     else:
         raise folders.step_exists(directory, step)
-
-
-@contextlib.contextmanager
-def _released_on_error(lock: folders.Lock) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        lock.close()
-        raise

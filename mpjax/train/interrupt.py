@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import signal
@@ -11,9 +12,14 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
+from mpjax.core.processes import gather, post, posted, several
+
 B = TypeVar("B")
 
 logger = logging.getLogger("mpjax")
+
+_runs = itertools.count()
+"""Runs of this process: what makes the topic of one that was never used before."""
 
 
 class Stopped(Exception):
@@ -32,10 +38,14 @@ class Interrupts:
 
     Nothing is changed outside the main thread, which alone may set handlers, nor for a signal that is ignored or whose
     handler is not Python's.
+
+    Of several processes (`jax.distributed`) all stop before the same attempt, whichever of them was asked.
     """
 
     def __enter__(self) -> Interrupts:
         self.asked = False
+        self._topic = f"stop/{next(_runs)}"
+        self._last: int | None = None
         self._process = os.getpid()
         self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
@@ -62,13 +72,35 @@ class Interrupts:
             name = signal.Signals(number).name
             logger.warning("%s: finishing this step, then stopping; once more leaves at once", name)
 
+    def stops(self, attempt: int) -> bool:
+        """Whether to stop before this attempt.
+
+        Several processes agree without waiting for one another. Who is asked before attempt n posts n + 2. Another looks
+        before its n + 2 when it has read the metrics of n, which needed the first one's part in n, and that came later.
+        """
+        if not several():
+            return self.asked
+        if self._last is None and self.asked:
+            post(self._topic, str(attempt + 2))
+        if self._last is None and (word := posted(self._topic)) is not None:
+            self._last = int(word)
+        return self._last is not None and attempt >= self._last
+
+    def agreed(self) -> bool:
+        """Whether anybody asked to stop, once all steps are made.
+
+        Raises:
+          TimeoutError: another process did not come: its batches came to an end later, or it has failed.
+        """
+        return any(gather("stopped", "the end of a run's steps", "asked" if self.asked else ""))
+
     def between(self, batches: Iterable[B]) -> Iterator[B]:
-        """The batches, as long as nobody asks to stop.
+        """The batches, as long as nobody asks to stop. Several processes see them all: they need one another for each.
 
         Raises:
           Stopped: somebody asked; in place of the next batch.
         """
         for batch in batches:
-            if self.asked:
+            if self.asked and not several():
                 raise Stopped
             yield batch

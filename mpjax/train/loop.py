@@ -50,7 +50,8 @@ def fit(
     two batches, and made when the run goes on. A second signal, once the first was heard (Python hears none inside
     compiled code), leaves at once: it does what it did before `fit` took hold of it, but that Ctrl-C ends a script also
     inside compiled code. All this in the main thread only, and not for a signal that is ignored; when `fit` returns, the
-    handlers are what they were.
+    handlers are what they were. Of several processes (`jax.distributed`), which all call this alike, one that is asked to
+    stop stops all before the same attempt, two later; evaluations are then finished.
 
     Args:
       step: a `TrainStep`, or any function like it.
@@ -143,7 +144,7 @@ def fit(
             if earlier is not None and due(first):
                 measure(first)
             early = _out_of_patience(result, patience)
-            numbers = itertools.takewhile(lambda _: not interrupts.asked, () if early else planned)
+            numbers = itertools.takewhile(lambda n: not interrupts.stops(n), () if early else planned)
             for attempt, batch in zip(numbers, feed, strict=False):
                 result.state, metrics = step(result.state, batch)
                 waiting.append((attempt, metrics, batch))
@@ -169,7 +170,7 @@ def fit(
             clock.stop(result.state)
             read()
             done = attempts_made(result.state)
-            if interrupts.asked:
+            if interrupts.agreed():
                 raise Stopped
             if eval_step is not None and not _evaluated(result, done):
                 measure(done)

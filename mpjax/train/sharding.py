@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mpjax.core.processes import put
 from mpjax.core.tree import path_of
 from mpjax.core.types import Batch, PyTree
 from mpjax.train.specs import Axis, Placement, Rules, as_mapping, automatic, devices_along, is_box
+from mpjax.train.spread import own_rows, refuse_different
 from mpjax.train.state import TrainState, own_copy
 
 B = TypeVar("B", bound=Batch)
@@ -79,14 +81,14 @@ def shard_state(state: TrainState, mesh: Mesh, rules: Rules = None) -> TrainStat
     parallelism); `"fsdp"` cuts params over the axis of the batch; specs with a second axis are tensor parallelism.
 
     Args:
-      state, mesh, rules: as for `state_shardings`.
+      state, mesh, rules: as for `state_shardings`. Where the mesh spans several processes, each gives the same state.
 
     Returns:
       A `TrainState` of the same structure and values, which shares no memory with the one that came: a donating step
       leaves the caller's arrays alive. (`jax.device_put` alone reuses the buffer that already lies on a device.)
 
     Raises:
-      ValueError: as for `state_shardings`.
+      ValueError: as for `state_shardings`; or the processes came with different values.
 
     Source: Xu et al., GSPMD (2021).
 
@@ -99,17 +101,22 @@ def shard_state(state: TrainState, mesh: Mesh, rules: Rules = None) -> TrainStat
     ('data', None)
     """
     shardings = state_shardings(state, mesh, rules)
-    return jax.tree.map(lambda x, sharding: jax.device_put(own_copy(x), sharding), state, shardings)
+    if not shardings.step.is_fully_addressable:
+        refuse_different(state)
+    return jax.tree.map(lambda x, sharding: put(own_copy(x), sharding), state, shardings)
 
 
-def shard_batch(batch: B, mesh: Mesh, axis: Axis = "data") -> B:
+def shard_batch(batch: B, mesh: Mesh, axis: Axis = "data", *, process_local: bool = False) -> B:
     """A batch with its rows spread over the devices of one mesh axis; leaves without an axis go to every device.
 
     Args:
-      batch: a pytree of arrays (numpy or jax) that share their leading axis: the whole batch, also where there are several
-        processes (for rows of their own see `jax.make_array_from_process_local_data`).
+      batch: a pytree of arrays (numpy or jax) that share their leading axis: the whole batch, or with `process_local` this
+        process's rows of it.
       mesh: as for `shard_state`.
       axis: the name of the mesh axis over which rows are spread, or a tuple of names.
+      process_local: of several processes (`jax.distributed`) each gives the rows that its own devices are to hold, the same
+        number everywhere, in the order of the mesh; leaves without an axis must be the same on all. Nothing is sent, and
+        `prefetch` may do it from its thread. False: each gives the whole batch, which jax compares over all processes.
 
     Returns:
       The same pytree of `jax.Array`s; device i of n holds rows i·rows/n to (i+1)·rows/n of each leaf.
@@ -122,6 +129,9 @@ def shard_batch(batch: B, mesh: Mesh, axis: Axis = "data") -> B:
     ('data',)
     """
     mesh = automatic(mesh)
+    if process_local:
+        devices_along(mesh, axis, "the batch")  # refuses an axis that is none
+        return own_rows(batch, mesh, axis)
     check_rows(batch, mesh, axis)
     rows, whole = NamedSharding(mesh, PartitionSpec(axis)), NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(lambda x: jax.device_put(x, rows if jnp.ndim(x) else whole), batch)

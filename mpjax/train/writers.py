@@ -1,4 +1,4 @@
-"""Hooks that write metrics down: JSON lines, TensorBoard events, a progress bar."""
+"""Hooks that write metrics down: JSON lines, TensorBoard events, a progress bar. Of several processes the first writes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any, TextIO
 
+from mpjax.core.processes import is_first
 from mpjax.train.hooks import FitResult, Hook
 
 
@@ -42,7 +43,12 @@ class JsonlWriter(Hook):
 
 
 def append_to(path: Path) -> TextIO:
-    """A file of lines, open for more, each written as it ends: its folder is made, and what a kill left of a last line ended."""
+    """A file of lines, open for more, each written as it ends: its folder is made, and what a kill left of a last line ended.
+
+    Of several processes, which all have the same to say, the first has the file; what the others write goes nowhere.
+    """
+    if not is_first():
+        return open(os.devnull, "a", encoding="utf-8")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
         if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read() != b"\n":
@@ -78,7 +84,7 @@ class TensorBoardWriter(Hook):
             ) from error
         # It warns of each infinity, and does not say of which. A skipped step has one, and is told as skipped.
         logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
-        self._writer: Any = SummaryWriter(str(folder))
+        self._writer: Any = SummaryWriter(str(folder), write_to_disk=is_first())
 
     def on_step(self, attempt: int, metrics: dict[str, float]) -> None:
         self._write("train", attempt, metrics)
@@ -107,7 +113,8 @@ class ProgressBar(Hook):
 
         fields = TextColumn("loss {task.fields[loss]}  scale {task.fields[scale]}  skipped {task.fields[skipped]}")
         rate, name_of = TextColumn("{task.fields[rate]} steps/s"), TextColumn("{task.description}")
-        self._bar = Progress(name_of, BarColumn(20), MofNCompleteColumn(), fields, rate, TimeRemainingColumn())
+        columns = (name_of, BarColumn(20), MofNCompleteColumn(), fields, rate, TimeRemainingColumn())
+        self._bar = Progress(*columns, disable=not is_first())
         self._task = self._bar.add_task(f"{name:>16}", total=attempts, loss="-", scale="-", skipped="-", rate="-")
         self._bar.start()
 

@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import mpjax
+from mpjax.store import hook as hook_room
 from mpjax.store.checkpoint import Checkpointer
 from mpjax.store.hook import CheckpointHook
 from mpjax.train.state import own_copy
@@ -206,3 +207,19 @@ def test_a_run_goes_on_with_state_evaluations_best_and_patience(tmp_path):
     checkpointer = Checkpointer(tmp_path)
     assert checkpointer.steps() == [2, 4, 5] and checkpointer.info().policy is not None
     assert fingerprint(checkpointer.restore(START)) == fingerprint(straight.state)
+
+
+def test_of_several_processes_an_error_of_one_alone_saves_nothing(monkeypatch, caplog):
+    """The others do not come to the save: it is given up after a short time, and the error stays what it was."""
+    met = []
+
+    def nobody(topic, about, word="", seconds=0.0):
+        met.append((about, seconds))
+        raise TimeoutError("process 1 of 2 did not come")
+
+    monkeypatch.setattr(hook_room, "several", lambda: True)
+    monkeypatch.setattr(hook_room, "gather", nobody)
+    checkpointer = Noted()
+    CheckpointHook(checkpointer).on_end(mpjax.FitResult(START, stopped="failed"))
+    assert met == [("the end of a run after an error", 30.0)] and not checkpointer.given
+    assert "the state at the end was not saved: process 1 of 2 did not come" in caplog.text
