@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import threading
 from typing import TypeVar
 
 import jax
@@ -49,11 +50,16 @@ def own_rows(batch: B, mesh: Mesh, axis: Axis) -> B:
                 f"{f'batch[{path}]' if path else 'the batch'} has {rows} rows of this process, which its {parts} parts of mesh "
                 f"axis {axis!r} cannot share evenly; use a multiple of {parts} rows, the same number on every process"
             )
-    _meet_at(str(jax.tree.map(jnp.shape, batch)))
+    with _meeting:
+        _meet_at(str(jax.tree.map(jnp.shape, batch)))
     rows, whole = NamedSharding(mesh, PartitionSpec(axis)), NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(rows if jnp.ndim(x) else whole, np.asarray(x)), batch
     )
+
+
+_meeting = threading.Lock()
+"""Of the threads of `prefetch` one meets the other processes; two would speak twice, and be waited for in vain."""
 
 
 @functools.cache

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 
 import jax
 import numpy as np
 import pytest
 
 from mpjax.core import processes
+from mpjax.train import spread
 
 
 class Service:
@@ -107,3 +110,26 @@ def test_one_process_alone_asks_nobody():
 def test_a_key_has_the_digest_of_its_data():
     assert processes.digest(jax.random.key(1)) == processes.digest(jax.random.key_data(jax.random.key(1)))
     assert processes.digest(jax.random.key(1)) != processes.digest(jax.random.key(2))
+
+
+def test_threads_that_bring_the_first_batch_speak_once(monkeypatch):
+    """Four threads of `prefetch` at one time, and a service that takes its time: one of them meets the other processes."""
+    said, begun = [], threading.Barrier(4)
+
+    def gather(topic: str, about: str) -> None:
+        said.append(about)
+        time.sleep(0.05)
+
+    monkeypatch.setattr(spread, "gather", gather)
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+
+    def bring() -> None:
+        begun.wait(30)
+        spread.own_rows(np.zeros((1, 7, 11, 13)), mesh, "data")  # a shape that no other test has
+
+    threads = [threading.Thread(target=bring) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(said) == 1
