@@ -18,7 +18,7 @@ from mpjax.train.evaluate import EvalStep, evaluate
 from mpjax.train.hooks import FitResult, Hook, NonFiniteError
 from mpjax.train.interrupt import Interrupts, Stopped
 from mpjax.train.prefetch import drawn
-from mpjax.train.state import attempts_made
+from mpjax.train.state import TrainState, as_of, attempts_made
 
 logger = logging.getLogger("mpjax")
 
@@ -221,7 +221,10 @@ def _out_of_patience(result: FitResult, patience: int | None) -> bool:
 def _why(step: Any, state: Any, batch: Batch, scalars: dict[str, float], hooks: Sequence[Hook], attempt: int) -> str:
     with jax.transfer_guard_device_to_host("allow"):  # the run is over
         said = [words for hook in hooks if (words := hook.on_nonfinite(attempt, scalars, step, state, batch))]
-        leaf = step.nonfinite_leaf(state, batch) if hasattr(step, "nonfinite_leaf") else "not known to this step"
+        leaf = "not known to this step"
+        if hasattr(step, "nonfinite_leaf"):
+            failed = as_of(state, attempt, scalars) if isinstance(state, TrainState) else state
+            leaf = step.nonfinite_leaf(failed, batch)
         applied = int(state.step)
     where = (
         f"first non-finite gradient leaf: {leaf}" if leaf else "all gradients are finite: look at loss, mstate, updates"

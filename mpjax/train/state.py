@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -155,6 +156,15 @@ class TrainState:
 def attempts_made(state: Any) -> int:
     """`state.attempt` on the host; read explicitly, as a transfer guard wants it."""
     return sum(int(x) for x in jax.device_get((state.step, state.skipped)))
+
+
+def as_of(state: TrainState, attempt: int, metrics: dict[str, float]) -> TrainState:
+    """The state under which a skipped attempt ran: the loop is a step ahead, and the scale has moved since."""
+    scale, at = state.loss_scale, metrics.get("loss_scale")
+    if at is not None and hasattr(scale, "counter"):
+        scale = dataclasses.replace(scale, loss_scale=jnp.float32(at))
+    skipped = jnp.int32(attempt) - state.step
+    return dataclasses.replace(state, loss_scale=scale, skipped=skipped)
 
 
 def own_copy(tree: PyTree) -> PyTree:

@@ -302,6 +302,17 @@ def test_an_endless_nan_feed_ends_in_an_error_that_names_the_leaf(bad, words):
     assert [row["skipped_in_a_row"] for row in result.history] == [0, 0, 1, 2, 3, 4]
 
 
+def test_the_leaf_is_sought_under_the_scale_at_which_the_step_failed():
+    """Only a scale over 2¹⁰ overflows; the first step failed at 2¹¹, and by then the scale is 2¹⁰."""
+
+    def half_loss(params, mstate, batch, rng):
+        return (params["w"].astype(jnp.float16).sum() * jnp.float16(2.0**5)).astype(jnp.float32)
+
+    state = TrainState.create(MODEL, OPTIMIZER, KEY, loss_scale=dynamic_loss_scale(2.0**11))
+    with pytest.raises(NonFiniteError, match=r"loss scale 2048; first non-finite gradient leaf: w;"):
+        fit(make_train_step(half_loss, OPTIMIZER), state, batch_of, attempts=9, max_consecutive_skips=1)
+
+
 def test_fifty_skips_in_a_row_are_too_many():
     bad = batch_of(0, offset=np.nan)
     with pytest.raises(NonFiniteError, match=r"50 steps in a row .* gradient leaf: not known to this step;") as caught:
