@@ -182,6 +182,12 @@ def fit(
             read()
             result.stopped = "interrupted"
             logger.warning("interrupted: %d attempts were made; their metrics are kept", attempts_made(result.state))
+        except NonFiniteError:
+            raise
+        except Exception:  # of the data, say: what the state counts, the hooks are told of before they save it
+            with contextlib.suppress(Exception):
+                read()
+            raise
         finally:
             result.steps_per_second = clock.rate
     if interrupts.asked:  # also while the hooks were told of the end
