@@ -197,7 +197,7 @@ def fit(
 
 def _scalars(metrics: dict[str, Any]) -> dict[str, Any]:
     """The metrics that are one number; what comes back for a probe is not."""
-    return {name: x for name, x in metrics.items() if getattr(x, "ndim", None) == 0}
+    return {name: x for name, x in metrics.items() if isinstance(x, (int, float)) or getattr(x, "ndim", None) == 0}
 
 
 def _evaluated(result: FitResult, done: int) -> bool:

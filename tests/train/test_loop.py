@@ -115,6 +115,15 @@ def test_a_metric_that_is_not_one_number_stays_on_the_device():
     assert set(fit(step, new_state(), batch_of, attempts=2).history[1]) == NAMES
 
 
+def test_a_step_of_ones_own_may_report_plain_numbers():
+    def step(state, batch):
+        state, metrics = STEP(state, batch)
+        return state, metrics | {"lr": 0.5, "rows": 4}
+
+    (row,) = fit(step, new_state(), batch_of, attempts=1).history
+    assert row.keys() == NAMES | {"lr", "rows"} and (row["lr"], row["rows"]) == (0.5, 4.0)
+
+
 def test_a_resumed_run_goes_on_where_it_was():
     """Also over a skip: attempts index the data, so the bad batch is not fed again, and no good one is left out."""
     fed: list[int] = []
