@@ -103,7 +103,7 @@ class TrainState:
 
         Raises:
           ValueError: `params` with a missing, extra or misshapen leaf (its path and numbers are named), a `trainable`
-            that matches nothing, or a decay outside (0, 1).
+            that matches nothing, a complex param among those that are trained, or a decay outside (0, 1).
 
         >>> model = Model(lambda rng, x: ({"w": jnp.zeros(3)}, {}), lambda p, m, x, rng=None: (x @ p["w"], m))
         >>> state = TrainState.create(model, optax.adam(1e-3), jax.random.key(0), jnp.ones(3))
@@ -211,6 +211,13 @@ def _trainable_mask(params: Params, trainable: Trainable) -> tuple[bool, ...] | 
         if unused:  # a misspelt one would freeze in silence what it meant
             raise ValueError(f"trainable={unused} matches no param; the paths are {', '.join(p for p, _ in keyed)}")
         mask = tuple(any(governs(glob, path, {}) for glob in globs) for path, _ in keyed)
+    chosen = [(path, x) for keep, (path, x) in zip(mask, keyed, strict=True) if keep]
+    twofold = [path for path, x in chosen if jnp.issubdtype(x.dtype, jnp.complexfloating)]
+    if twofold:  # it has a gradient, and to leave it out would freeze it in silence
+        raise ValueError(
+            f"the params {', '.join(twofold)} are complex, and a step trains real ones; keep real and imaginary part as two "
+            "params, or leave them out of trainable="
+        )
     mask = tuple(keep and is_float(x) for keep, (_, x) in zip(mask, keyed, strict=True))  # an int has no gradient
     if not any(mask):
         raise ValueError(f"trainable={trainable!r} matches no param; the paths are {', '.join(p for p, _ in keyed)}")
