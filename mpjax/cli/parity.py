@@ -81,5 +81,7 @@ def parity(
         try:
             parity_curves(found, plot)
         except (ImportError, OSError) as error:  # there is no matplotlib, or no place to write to
-            raise Refused(f"got --plot {plot}, and it was not drawn: {error}; name a file where one can be made", 1) from error
+            raise Refused(
+                f"got --plot {plot}, and it was not drawn: {error}; name a file where one can be made", 1
+            ) from error
     return 0 if found.verdict == "equivalent" else 1
