@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +84,15 @@ def test_json_has_a_word_for_everything(capsys):
 def test_a_call_that_makes_no_sense_exits_with_2(argv, capsys):
     assert refused(argv) == 2
     assert capsys.readouterr().err
+
+
+def test_a_reader_who_leaves_is_no_traceback(monkeypatch):
+    """As `mpjax hardware --json | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["hardware", "--json"]) == 1
 
 
 def test_hardware_shows_every_chip_and_every_source(capsys):

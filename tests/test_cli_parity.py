@@ -71,6 +71,14 @@ def test_undecided_exits_with_1_and_says_how_many_would_do(target, capsys):
     assert "undecided: one seed tells no spread; at least 2 seeds are needed" in capsys.readouterr().out
 
 
+def test_a_picture_that_cannot_be_written_exits_with_1_and_the_verdict_is_told(target, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    argv = ["parity", target, "--policy", "bf16", "--margin", "0.1", "--seeds", "1", "--steps", "1"]
+    assert main([*argv, "--plot", str(tmp_path / "file" / "a.png")]) == 1
+    told = capsys.readouterr()
+    assert "undecided: one seed" in told.out and "mpjax parity: got --plot" in told.err
+
+
 def test_a_candidate_that_diverges_exits_with_1(target, capsys):
     argv = ["parity", target, "--policy", "bf16", "--margin", "0.1", "--seeds", "1", "--steps", "51"]
     assert main([*argv, "--set", "fault=nan"]) == 1

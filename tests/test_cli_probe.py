@@ -68,3 +68,9 @@ def test_a_run_that_is_never_finite_exits_with_1_and_names_the_culprit(target, c
 def test_what_makes_no_sense_exits_with_2(target, argv, said, capsys):
     assert main(["probe", target, "--policy=float32", *argv]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_exits_with_1(target, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["probe", target, f"--out={tmp_path / 'file' / 'out'}"]) == 1
+    assert "mpjax probe: got --out" in capsys.readouterr().err

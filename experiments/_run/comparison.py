@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from rich.console import Console
 
 import mpjax
 from experiments._run.command import Refused
-from experiments._run.folder import RunFolder
+from experiments._run.folder import RunFolder, write_json
 from experiments._run.training import Plan, Trained, data_parallel, train
 from mpjax.measure.plots import training_curves
 from mpjax.measure.table import policy_table, to_markdown
@@ -83,7 +82,7 @@ def report(runs: Mapping[str, Trained], folder: Path, plan: Plan) -> list[dict[s
             "policy": name, **run.row, "largest deviation of loss": float(apart.max()) if apart.size else None
         })  # fmt: skip
     Console().print(policy_table(rows, title=f"{folder.name}: {plan.attempts} steps each"))
-    (folder / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
+    write_json(folder / "table.json", rows)
     (folder / "table.md").write_text(to_markdown(rows) + "\n")
     training_curves(
         {name: _curves(run.result, plan) for name, run in runs.items()}, folder / "curves.png", metric=plan.words

@@ -18,6 +18,7 @@ import jax
 import mpjax
 from experiments._run.command import Refused
 from mpjax.store.disk import try_lock
+from mpjax.train.writers import word
 
 logger = logging.getLogger("mpjax")
 
@@ -128,10 +129,23 @@ def read_config(path: Path) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """A file that is there whole or, whenever the process ends, as it was before."""
+    """A file that is there whole or, whenever the process ends, as it was before. NaN and infinities are words in it."""
     half = path.with_name(f".{path.name}.half")
-    half.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    half.write_text(json.dumps(_words(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(half, path)
+
+
+def _words(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _words(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_words(value) for value in content]
+    return word(content) if isinstance(content, float) else content
+
+
+def numbers(found: dict[str, Any]) -> dict[str, Any]:
+    """Metrics by name as `write_json` was given them: their words as numbers again."""
+    return {name: float(x) if isinstance(x, str) else x for name, x in found.items()}
 
 
 def _content(path: Path) -> list[str]:
@@ -141,7 +155,7 @@ def _content(path: Path) -> list[str]:
 
 def _plain(config: Any) -> dict[str, Any]:
     """The config as it comes back from JSON."""
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    plain: dict[str, Any] = json.loads(json.dumps(_words(dataclasses.asdict(config)), default=str))
     return plain
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 import mpjax
 from experiments._run.command import Refused
-from experiments._run.folder import write_json
+from experiments._run.folder import numbers, write_json
 from mpjax.measure.audit import audit
 from mpjax.measure.memory import step_memory
 from mpjax.measure.runs import read_runs
@@ -149,8 +149,9 @@ def _stored(folder: Path) -> Trained | None:
         stored = json.loads((folder / ROW).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    best = stored["best"] and tuple(stored["best"])
-    return Trained(stored["row"], mpjax.FitResult(None, _history(folder), stored["evaluations"], best))
+    best = stored["best"] and (float(stored["best"][0]), stored["best"][1])
+    evaluations = [numbers(found) for found in stored["evaluations"]]
+    return Trained(numbers(stored["row"]), mpjax.FitResult(None, _history(folder), evaluations, best))
 
 
 def _history(folder: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -56,9 +57,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             args=args,
             config=(tyro.conf.FlagCreatePairsOff,),
         )
+        sys.stdout.flush()
     except Refused as refused:
         print(f"mpjax {args[0]}: {refused}", file=sys.stderr)
         return refused.code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return 1
     return code
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe whose reader has left (`mpjax hardware | head -1`); if so, it is silenced from here on."""
+    try:
+        print(flush=True)  # what failed is not in the buffer any more: only another byte tells
+    except BrokenPipeError:
+        # Python would flush once more at its end, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False

@@ -78,5 +78,10 @@ def parity(
     if plot is not None:  # last: whatever is wrong with the file, hours of training have been told
         from mpjax.measure.plots import parity_curves
 
-        parity_curves(found, plot)
+        try:
+            parity_curves(found, plot)
+        except (ImportError, OSError) as error:  # there is no matplotlib, or no place to write to
+            raise Refused(
+                f"got --plot {plot}, and it was not drawn: {error}; name a file where one can be made", 1
+            ) from error
     return 0 if found.verdict == "equivalent" else 1

@@ -53,6 +53,11 @@ def probe(
     job = load_job(target, policy, settings=settings)
     options = training(target, settings, ()).step_options
     folder = None if out is None else Path(out)
+    if folder is not None:  # before it is trained for
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Refused(f"got --out {out}: {error}; legal is a folder, or where one can be made", 1) from error
     log, culprit = mpjax.ProbeLog(folder and folder / "probe.jsonl"), mpjax.CulpritHook()
     step = mpjax.probe(job.step(**options), every, only=only)
     cost = None

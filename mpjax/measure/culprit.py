@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -18,7 +17,7 @@ from mpjax.core.tree import path_of
 from mpjax.core.types import Batch
 from mpjax.measure.origins import Origin, Run, first_origin
 from mpjax.train.hooks import Hook
-from mpjax.train.state import TrainState
+from mpjax.train.state import TrainState, as_of
 from mpjax.train.step import TrainStep
 
 
@@ -120,7 +119,7 @@ def diagnose(
     Returns:
       A `Culprit`, or None.
 
-    >>> import mpjax
+    >>> import jax.numpy as jnp, mpjax
     >>> from flax import linen as nn
     >>> model = mpjax.wrap(nn.Dense(2, name="head"), "mixed_float16")
     >>> def loss_fn(params, mstate, x, rng):
@@ -193,12 +192,3 @@ class CulpritHook(Hook):
         apart = dataclasses.replace(step, mesh=None, reduce_apart=False)
         self.culprit = _diagnosed(apart, failed, batch, with_update=True)
         return str(self.culprit) if self.culprit else "one operation at a time everything is finite"
-
-
-def as_of(state: TrainState, attempt: int, metrics: dict[str, float]) -> TrainState:
-    """The state under which a skipped attempt ran: the loop is a step ahead, and the scale has moved since."""
-    scale, at = state.loss_scale, metrics.get("loss_scale")
-    if at is not None and hasattr(scale, "counter"):
-        scale = dataclasses.replace(scale, loss_scale=jnp.float32(at))
-    skipped = jnp.int32(attempt) - state.step
-    return dataclasses.replace(state, loss_scale=scale, skipped=skipped)

@@ -18,7 +18,7 @@ from mpjax.train.evaluate import EvalStep, evaluate
 from mpjax.train.hooks import FitResult, Hook, NonFiniteError
 from mpjax.train.interrupt import Interrupts, Stopped
 from mpjax.train.prefetch import drawn
-from mpjax.train.state import attempts_made
+from mpjax.train.state import TrainState, as_of, attempts_made
 
 logger = logging.getLogger("mpjax")
 
@@ -183,6 +183,12 @@ def fit(
             read()
             result.stopped = "interrupted"
             logger.warning("interrupted: %d attempts were made; their metrics are kept", attempts_made(result.state))
+        except NonFiniteError:
+            raise
+        except Exception:  # of the data, say: what the state counts, the hooks are told of before they save it
+            with contextlib.suppress(Exception):
+                read()
+            raise
         finally:
             result.steps_per_second = clock.rate
     if interrupts.asked:  # also while the hooks were told of the end
@@ -192,7 +198,7 @@ def fit(
 
 def _scalars(metrics: dict[str, Any]) -> dict[str, Any]:
     """The metrics that are one number; what comes back for a probe is not."""
-    return {name: x for name, x in metrics.items() if getattr(x, "ndim", None) == 0}
+    return {name: x for name, x in metrics.items() if isinstance(x, (int, float)) or getattr(x, "ndim", None) == 0}
 
 
 def _evaluated(result: FitResult, done: int) -> bool:
@@ -222,7 +228,10 @@ def _out_of_patience(result: FitResult, patience: int | None) -> bool:
 def _why(step: Any, state: Any, batch: Batch, scalars: dict[str, float], hooks: Sequence[Hook], attempt: int) -> str:
     with jax.transfer_guard_device_to_host("allow"):  # the run is over
         said = [words for hook in hooks if (words := hook.on_nonfinite(attempt, scalars, step, state, batch))]
-        leaf = step.nonfinite_leaf(state, batch) if hasattr(step, "nonfinite_leaf") else "not known to this step"
+        leaf = "not known to this step"
+        if hasattr(step, "nonfinite_leaf"):
+            failed = as_of(state, attempt, scalars) if isinstance(state, TrainState) else state
+            leaf = step.nonfinite_leaf(failed, batch)
         applied = int(state.step)
     where = (
         f"first non-finite gradient leaf: {leaf}" if leaf else "all gradients are finite: look at loss, mstate, updates"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -102,7 +103,7 @@ class TrainState:
 
         Raises:
           ValueError: `params` with a missing, extra or misshapen leaf (its path and numbers are named), a `trainable`
-            that matches nothing, or a decay outside (0, 1).
+            that matches nothing, a complex param among those that are trained, or a decay outside (0, 1).
 
         >>> model = Model(lambda rng, x: ({"w": jnp.zeros(3)}, {}), lambda p, m, x, rng=None: (x @ p["w"], m))
         >>> state = TrainState.create(model, optax.adam(1e-3), jax.random.key(0), jnp.ones(3))
@@ -157,6 +158,15 @@ def attempts_made(state: Any) -> int:
     return sum(int(x) for x in jax.device_get((state.step, state.skipped)))
 
 
+def as_of(state: TrainState, attempt: int, metrics: dict[str, float]) -> TrainState:
+    """The state under which a skipped attempt ran: the loop is a step ahead, and the scale has moved since."""
+    scale, at = state.loss_scale, metrics.get("loss_scale")
+    if at is not None and hasattr(scale, "counter"):
+        scale = dataclasses.replace(scale, loss_scale=jnp.float32(at))
+    skipped = jnp.int32(attempt) - state.step
+    return dataclasses.replace(state, loss_scale=scale, skipped=skipped)
+
+
 def own_copy(tree: PyTree) -> PyTree:
     """Every leaf as a fresh, strongly typed array: it shares no buffer, and no Python number hides in it."""
 
@@ -201,6 +211,13 @@ def _trainable_mask(params: Params, trainable: Trainable) -> tuple[bool, ...] | 
         if unused:  # a misspelt one would freeze in silence what it meant
             raise ValueError(f"trainable={unused} matches no param; the paths are {', '.join(p for p, _ in keyed)}")
         mask = tuple(any(governs(glob, path, {}) for glob in globs) for path, _ in keyed)
+    chosen = [(path, x) for keep, (path, x) in zip(mask, keyed, strict=True) if keep]
+    twofold = [path for path, x in chosen if jnp.issubdtype(x.dtype, jnp.complexfloating)]
+    if twofold:  # it has a gradient, and to leave it out would freeze it in silence
+        raise ValueError(
+            f"the params {', '.join(twofold)} are complex, and a step trains real ones; keep real and imaginary part as two "
+            "params, or leave them out of trainable="
+        )
     mask = tuple(keep and is_float(x) for keep, (_, x) in zip(mask, keyed, strict=True))  # an int has no gradient
     if not any(mask):
         raise ValueError(f"trainable={trainable!r} matches no param; the paths are {', '.join(p for p, _ in keyed)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -76,7 +77,7 @@ def make_train_step(
         `(loss, Aux(mstate, metrics))`. `rng` is `state.rng` with the attempt (and micro-batch) folded in.
       optimizer: the optax transformation with which the state was made. It sees float32 gradients and params.
       accumulate: cut the batch into this many micro-batches and add their gradients up in float32.
-      clip_norm: scale gradients down to this global norm, after unscaling and accumulation.
+      clip_norm: scale gradients down to this global norm, after unscaling and accumulation. None and infinity: never.
       skip: what is looked at. `"nonfinite"`: all of the above. `"gradients"`: all but the new params, as PyTorch's
         GradScaler does; what an optimizer makes of finite gradients is then believed, and the step reads params and
         moments once less. `"off"`: nothing, whatever comes is applied (not with a dynamic loss scale, which lives by
@@ -242,7 +243,7 @@ class TrainStep:
         return self._update(state, trained, found, self._clip(grads, norm)), norm
 
     def _clip(self, grads: Params, norm: jax.Array) -> Params:
-        if self.clip_norm is None:
+        if self.clip_norm is None or self.clip_norm == math.inf:  # ∞ / max(norm, ∞) would be NaN, and every step a skip
             return grads
         shrink = self.clip_norm / jnp.maximum(norm, self.clip_norm)  # exactly 1 where nothing is to be clipped
         return jax.tree.map(lambda g: g * shrink.astype(g.dtype), grads)

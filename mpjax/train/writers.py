@@ -38,6 +38,8 @@ class JsonlWriter(Hook):
         self._file.close()
 
     def _write(self, attempt: int, kind: str, metrics: dict[str, float]) -> None:
+        if self._file.closed:  # the run ended, and its hook is in another
+            self._file = append_to(self.path)
         line = {"attempt": attempt, kind: {name: word(value) for name, value in metrics.items()}}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
 

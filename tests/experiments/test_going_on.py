@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import signal
 
@@ -17,6 +18,9 @@ from mpjax.measure.runs import read_runs
 
 ARGS = ["--policies", "float32", "mixed_float16", "--steps=6", "--eval-every=2", "--width=4", "--batch-size=8",
         "--progress=False", "--checkpoint-every=4"]  # fmt: skip
+
+ROW = {"loss": math.nan, "loss_scale": 1.0, "skipped": 1.0}
+"""The metrics of a skipped step."""
 
 
 class Jobs:
@@ -127,6 +131,25 @@ def test_a_comparison_that_is_stopped_twice_ends_as_one_in_one_go(tmp_path, jobs
     assert start(folder) == 0 and jobs.drawn == [] and rows(folder) == whole  # done: told again, not trained again
     config = json.loads((folder / "config.json").read_text())
     assert len(config["resumed"]) == 3 and config["experiment"] == "mlp_jax" and config["config"]["width"] == 4
+
+
+def test_numbers_that_json_has_no_word_for_are_words_in_its_files_and_come_back(tmp_path, curves):
+    def no_json(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    evaluations = [{"attempt": 3, "loss": math.nan, "accuracy": 0.5}]
+    _run.folder.write_json(
+        tmp_path / "row.json", {"row": {"final loss": math.inf}, "evaluations": evaluations, "best": (-math.inf, 3)}
+    )
+    json.loads((tmp_path / "row.json").read_text(), parse_constant=no_json)
+    stored = _run.training._stored(tmp_path)
+    assert stored.row == {"final loss": math.inf} and stored.result.best == (-math.inf, 3)
+    assert repr(stored.result.evaluations) == repr(evaluations)
+
+    run = _run.Trained({"final loss": math.nan}, mpjax.FitResult(None, [ROW | {"attempt": 0}], evaluations))
+    _run.report({"float32": run}, tmp_path, _run.Plan(attempts=3, eval_every=0, seeds=mpjax.seeds(0)))
+    (row,) = json.loads((tmp_path / "table.json").read_text(), parse_constant=no_json)
+    assert row["final loss"] == "nan" and row["largest deviation of loss"] == "nan"
 
 
 @pytest.fixture

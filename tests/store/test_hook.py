@@ -121,6 +121,20 @@ def test_after_an_error_the_last_good_step_is_saved():
     assert step == 5  # two good, two skipped, and one that was dispatched by then
 
 
+@pytest.mark.parametrize("where", ["data", "hook"])
+def test_after_an_error_the_metrics_of_all_that_is_saved_are_written(where, tmp_path):
+    class Failing(mpjax.Hook):
+        def on_step(self, attempt, metrics):
+            if (where, attempt) == ("hook", 2):
+                raise OSError("no such picture")
+
+    checkpointer, file = Noted(), tmp_path / "metrics.jsonl"
+    with pytest.raises(OSError, match="no such picture"):
+        fit(checkpointer, until(4, OSError("no such picture")), hooks=[JsonlWriter(file), Failing()])
+    ((saved, _, _),) = checkpointer.given
+    assert [json.loads(line)["attempt"] for line in file.read_text().splitlines()] == list(range(saved))
+
+
 @pytest.mark.parametrize("failing", ["save", "wait"])
 def test_a_save_that_fails_is_an_error_but_never_in_place_of_another(failing, caplog):
     with pytest.raises(OSError, match="disk full"):

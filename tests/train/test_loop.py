@@ -115,6 +115,15 @@ def test_a_metric_that_is_not_one_number_stays_on_the_device():
     assert set(fit(step, new_state(), batch_of, attempts=2).history[1]) == NAMES
 
 
+def test_a_step_of_ones_own_may_report_plain_numbers():
+    def step(state, batch):
+        state, metrics = STEP(state, batch)
+        return state, metrics | {"lr": 0.5, "rows": 4}
+
+    (row,) = fit(step, new_state(), batch_of, attempts=1).history
+    assert row.keys() == NAMES | {"lr", "rows"} and (row["lr"], row["rows"]) == (0.5, 4.0)
+
+
 def test_a_resumed_run_goes_on_where_it_was():
     """Also over a skip: attempts index the data, so the bad batch is not fed again, and no good one is left out."""
     fed: list[int] = []
@@ -300,6 +309,17 @@ def test_an_endless_nan_feed_ends_in_an_error_that_names_the_leaf(bad, words):
     assert held(result.state) == held(good) and caught.value.result is result
     assert "4 steps in a row were not finite, at step 2, loss scale 128; " + words in str(caught.value)
     assert [row["skipped_in_a_row"] for row in result.history] == [0, 0, 1, 2, 3, 4]
+
+
+def test_the_leaf_is_sought_under_the_scale_at_which_the_step_failed():
+    """Only a scale over 2¹⁰ overflows; the first step failed at 2¹¹, and by then the scale is 2¹⁰."""
+
+    def half_loss(params, mstate, batch, rng):
+        return (params["w"].astype(jnp.float16).sum() * jnp.float16(2.0**5)).astype(jnp.float32)
+
+    state = TrainState.create(MODEL, OPTIMIZER, KEY, loss_scale=dynamic_loss_scale(2.0**11))
+    with pytest.raises(NonFiniteError, match=r"loss scale 2048; first non-finite gradient leaf: w;"):
+        fit(make_train_step(half_loss, OPTIMIZER), state, batch_of, attempts=9, max_consecutive_skips=1)
 
 
 def test_fifty_skips_in_a_row_are_too_many():

@@ -201,6 +201,16 @@ def test_every_pattern_of_trainable_must_match():
         TrainState.create(MODEL, OPTIMIZER, KEY, trainable=["body/*", "haed/*"])
 
 
+def test_a_complex_param_is_refused_unless_it_is_frozen():
+    """It has a gradient: left out like an int, it would be frozen where the user meant to train it."""
+    params = {"filter": jnp.ones(3, jnp.complex64), "w": jnp.ones(3)}
+    model = Model(lambda rng: (params, {}), lambda params, mstate: (params, mstate))
+    for trainable in (None, ["filter", "w"]):
+        with pytest.raises(ValueError, match="the params filter are complex, and a step trains real ones; keep real"):
+            TrainState.create(model, OPTIMIZER, KEY, trainable=trainable)
+    assert TrainState.create(model, OPTIMIZER, KEY, trainable="w").trainable == (False, True)
+
+
 @pytest.mark.parametrize("mask", [None, (True, False, False, True, False), (False,) * 5])
 def test_split_and_merge_are_inverse(mask):
     params = two_layers(KEY)[0]

@@ -132,6 +132,12 @@ def test_clipping_leaves_a_small_gradient_alone_to_the_bit():
     assert fingerprint(clipped) == fingerprint(plain)
 
 
+def test_an_infinite_norm_to_clip_to_clips_nothing():
+    plain, _ = step_of(mean_loss)(created(SGD), (X, Y))
+    clipped, _ = make_train_step(mean_loss, SGD, clip_norm=float("inf"))(created(SGD), (X, Y))
+    assert fingerprint(clipped) == fingerprint(plain)
+
+
 # ---- the arithmetic --------------------------------------------------------------------------------------------------
 
 

@@ -71,6 +71,14 @@ def test_a_run_that_dies_keeps_each_line_that_it_wrote(tmp_path):
     writer.on_end(FitResult(None))
 
 
+def test_one_writer_serves_a_run_in_two_parts(tmp_path):
+    writer = JsonlWriter(tmp_path / "metrics.jsonl")
+    for attempt in (0, 1):
+        writer.on_step(attempt, METRICS)
+        writer.on_end(FitResult(None))
+    assert [line["attempt"] for line in lines(writer.path)] == [0, 1]
+
+
 @pytest.mark.parametrize("left", ["", '{"attempt": 1, "st', '{"attempt": 1, "step": {}}'])
 def test_after_a_kill_a_new_line_is_begun(left, tmp_path):
     path = tmp_path / "metrics.jsonl"
