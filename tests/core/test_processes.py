@@ -37,6 +37,7 @@ class Service:
 
 def talk(monkeypatch, word: str | None) -> Service:
     service = Service(word)
+    jax.devices()  # a backend that started later would ask this service for more than it has
     monkeypatch.setattr(processes, "several", lambda: True)
     monkeypatch.setattr(processes.distributed.global_state, "client", service)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
