@@ -311,6 +311,8 @@ def test_train_reaches_the_method_that_takes_it_and_no_other():
     assert (model.apply(params, mstate, SEQUENCE)[0] == SEQUENCE).all()
     dropped = model.apply(params, mstate, SEQUENCE, train=True, rng=jax.random.key(1))[0]
     assert 0.3 < float((dropped == 0).mean()) < 0.7
+    by_place = model.apply(params, mstate, SEQUENCE, True, rng=jax.random.key(1))[0]
+    assert (by_place == dropped).all() and model.init(jax.random.key(0), SEQUENCE, True) == ({}, {})
     plain, params, mstate = made(nn.Dense(2), "float32", SEQUENCE)
     assert plain.apply(params, mstate, SEQUENCE, train=True)[0].shape == (4, 8, 2)
 

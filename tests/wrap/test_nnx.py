@@ -176,6 +176,7 @@ def test_train_calls_train_and_eval_where_the_method_does_not_take_it():
 
     model, params, mstate = made(lambda rngs: Takes(), "float32")
     assert [float(model.apply(params, mstate, jnp.zeros(()), **t)[0]) for t in ({}, {"train": True})] == [0.0, 1.0]
+    assert float(model.apply(params, mstate, jnp.zeros(()), True)[0]) == 1.0
 
 
 def test_a_decode_cache_computes_in_half_and_is_stored_as_it_was():

@@ -43,7 +43,7 @@ def wrap_linen(module: nn.Module, rules: PolicyMap, streams: tuple[str, ...]) ->
         return known[key]
 
     def init_call(rng: Any, args: tuple, kwargs: dict) -> tuple[Any, Callable[[], Any]]:
-        method, kwargs, _ = call_arguments(type(module), kwargs)
+        method, kwargs, _ = call_arguments(type(module), args, kwargs)
         keys = {"params": rng} | {name: jax.random.fold_in(rng, n) for n, name in enumerate(streams, 1)}
         return ("init", method, _signature(args, kwargs)), functools.partial(
             module.init, keys, *args, method=method, **kwargs
@@ -60,7 +60,7 @@ def wrap_linen(module: nn.Module, rules: PolicyMap, streams: tuple[str, ...]) ->
         return cast_by_path(params, lambda path: _policy_at(rules, sites, path).param_dtype), variables
 
     def apply(params: Params, mstate: MState, *args: Any, rng: jax.Array | None = None, **kwargs: Any) -> Any:
-        method, kwargs, _ = call_arguments(type(module), kwargs)
+        method, kwargs, _ = call_arguments(type(module), args, kwargs)
         mstate, kept = apart(mstate)
         keys = {} if rng is None else {n: jax.random.fold_in(rng, i) for i, n in enumerate(("params", *streams))}
         run = functools.partial(module.apply, rngs=keys, mutable=list(mstate), method=method)

@@ -54,7 +54,7 @@ def wrap_nnx(source: nnx.Module | Callable[..., nnx.Module], rules: PolicyMap) -
         return jax.tree.map(jnp.copy, (params, mstate))  # of an instance every leaf is still the user's
 
     def apply(params: Params, mstate: MState, *args: Any, rng: jax.Array | None = None, **kwargs: Any) -> Any:
-        method, kwargs, train = call_arguments(classes[""], kwargs)
+        method, kwargs, train = call_arguments(classes[""], args, kwargs)
         mstate, kept = apart(mstate)
         streams = mstate if rng is None else leaves.reseeded(mstate, rng)
         module = leaves.merge(instrumented, params, streams)
