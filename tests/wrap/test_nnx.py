@@ -179,6 +179,19 @@ def test_train_calls_train_and_eval_where_the_method_does_not_take_it():
     assert float(model.apply(params, mstate, jnp.zeros(()), True)[0]) == 1.0
 
 
+def test_train_reaches_a_sequence_of_layers():
+    def layers(rngs):
+        return nnx.Sequential(nnx.Sequential(nnx.relu, nnx.BatchNorm(8, rngs=rngs)), nnx.Dropout(0.5, rngs=rngs))
+
+    model, params, mstate = made(layers, "float32")
+    x = jnp.ones((4, 8))
+    dropped, moved = model.apply(params, mstate, x, train=True, rng=KEY)
+    kept, same = model.apply(params, mstate, x, train=False)
+    assert (kept != 0).all() and (dropped == 0).all()  # a batch of equal rows has no variance
+    ran, still = (jax.tree.leaves(state["batch_stats"]) for state in (moved, same))
+    assert not np.array_equal(ran, still) and np.array_equal(still, jax.tree.leaves(mstate["batch_stats"]))
+
+
 def test_a_decode_cache_computes_in_half_and_is_stored_as_it_was():
     model, params, mstate = made(Decoder)
     assert mstate["cache"]["attention"]["cached_key"].dtype == jnp.float32

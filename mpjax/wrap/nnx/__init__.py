@@ -17,7 +17,7 @@ from mpjax.policy.resolution import Table, resolution_table
 from mpjax.policy.rules import PolicyMap
 from mpjax.wrap.arguments import call_arguments
 from mpjax.wrap.nnx.calls import SITE, bordered, probed_by, read_in_stream, running
-from mpjax.wrap.nnx.layers import attributes_for, takes_delayed, unfit
+from mpjax.wrap.nnx.layers import attributes_for, sequence_takes, takes_delayed, unfit
 from mpjax.wrap.nnx.leaves import Leaves
 from mpjax.wrap.nnx.sites import Graph, Site, plan_sites, read_graph
 from mpjax.wrap.reserved import apart, reserved
@@ -55,6 +55,8 @@ def wrap_nnx(source: nnx.Module | Callable[..., nnx.Module], rules: PolicyMap) -
 
     def apply(params: Params, mstate: MState, *args: Any, rng: jax.Array | None = None, **kwargs: Any) -> Any:
         method, kwargs, train = call_arguments(classes[""], args, kwargs)
+        if method == "__call__" and "train" in kwargs and not sequence_takes("train", classes):
+            train = kwargs.pop("train")
         mstate, kept = apart(mstate)
         streams = mstate if rng is None else leaves.reseeded(mstate, rng)
         module = leaves.merge(instrumented, params, streams)
