@@ -220,6 +220,25 @@ def test_a_variable_that_is_no_param_is_never_cast():
 
 
 @pytest.mark.filterwarnings("ignore:Using 'Module.sow")
+def test_an_instance_that_has_sown_a_perturbation_and_a_param_that_is_a_dict():
+    class Net(nnx.Module):
+        def __init__(self):
+            self.table = nnx.Param({"w": jnp.ones((X.shape[-1], 2)), "b": jnp.zeros((1, 1, 2))})
+            self.noise = nnx.Perturbation(jnp.zeros((1, 1, 2)))
+
+        def __call__(self, x):
+            self.sow(nnx.Intermediate, "seen", x)
+            return x @ self.table["w"] + self.table["b"] + self.noise
+
+    net = Net()
+    y = net(X)
+    model, params, mstate = made(net, "float32")
+    out, after = model.apply(params, mstate, X)
+    assert (out == y).all() and jax.tree.structure(after) == jax.tree.structure(mstate) and len(net.seen) == 1
+    assert sorted(params["table"]) == ["b", "w"] and (model.merge(params, mstate)(X) == y).all()
+
+
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow")
 def test_state_that_a_call_makes_and_params_that_do_not_fit_are_refused():
     class Makes(nnx.Module):
         def __init__(self, rngs):

@@ -18,7 +18,7 @@ from mpjax.policy.rules import PolicyMap
 from mpjax.wrap.arguments import call_arguments
 from mpjax.wrap.nnx.calls import SITE, bordered, probed_by, read_in_stream, running
 from mpjax.wrap.nnx.layers import attributes_for, sequence_takes, takes_delayed, unfit
-from mpjax.wrap.nnx.leaves import Leaves
+from mpjax.wrap.nnx.leaves import Leaves, without_sown
 from mpjax.wrap.nnx.sites import Graph, Site, plan_sites, read_graph
 from mpjax.wrap.reserved import apart, reserved
 
@@ -87,7 +87,7 @@ def wrap_nnx(source: nnx.Module | Callable[..., nnx.Module], rules: PolicyMap) -
 def _build(source: Any, rng: jax.Array) -> nnx.Module:
     """A module of our own: the constructor's, or a copy of the user's instance, which is only read."""
     if isinstance(source, nnx.Module):
-        return nnx.clone(source)
+        return without_sown(nnx.clone(source))
     module = source(rngs=nnx.Rngs(rng)) if isinstance(source, type) else source(nnx.Rngs(rng))
     if not isinstance(module, nnx.Module):
         raise TypeError(
