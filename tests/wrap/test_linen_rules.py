@@ -317,6 +317,24 @@ def test_train_reaches_the_method_that_takes_it_and_no_other():
     assert plain.apply(params, mstate, SEQUENCE, train=True)[0].shape == (4, 8, 2)
 
 
+def test_state_that_a_call_adds_to_is_refused_and_what_sow_replaces_comes_out():
+    class Sows(nn.Module):
+        options: dict
+
+        @nn.compact
+        def __call__(self, x):
+            self.sow("losses", "balance", x.mean(), **self.options)
+            return x
+
+    model, params, mstate = made(Sows({}), "float32", SEQUENCE)
+    with pytest.raises(ValueError, match=r"added to mstate\['losses'\].*what init gave.*reduce_fn"):
+        model.apply(params, mstate, SEQUENCE)
+    one = {"init_fn": lambda: 0.0, "reduce_fn": lambda old, new: new}
+    model, params, mstate = made(Sows(one), "float32", SEQUENCE)
+    _, after = model.apply(params, mstate, 2 * SEQUENCE)
+    assert float(after["losses"]["balance"]) == 2 * float(SEQUENCE.mean())
+
+
 @pytest.mark.optimized
 def test_cast_params_once_for_evaluation_gives_the_same_bits():
     rules = {"layers_1": "compute=float16"}
