@@ -22,6 +22,7 @@ import numpy as np
 
 from mpjax.core.types import DTypeLike
 from mpjax.numerics.quantize import current_scale, largest, to_float8, to_int8
+from mpjax.numerics.varying import varying_alike
 
 FORWARD, BACKWARD = jnp.dtype("float8_e4m3fn"), jnp.dtype("float8_e5m2")
 """Values need precision, gradients need range (Micikevicius et al., FP8 Formats for Deep Learning, 2022)."""
@@ -85,7 +86,7 @@ class QuantizedDot:
                 lhs, rhs, numbers, precision, preferred_element_type, out_sharding=out_sharding
             )  # fmt: skip
         out = jnp.dtype(preferred_element_type or jnp.promote_types(lhs.dtype, rhs.dtype))
-        return _PRODUCTS[self.recipe](lhs, rhs, numbers, out)
+        return _PRODUCTS[self.recipe](*varying_alike(lhs, rhs), numbers, out)
 
 
 def fits_tiles(weights: tuple[int, ...], numbers: Numbers) -> bool:
