@@ -441,6 +441,12 @@ def test_methods_are_entered_like_the_call():
 
 
 @pytest.mark.optimized
+def test_a_method_may_be_a_function_of_ones_own():
+    model, params, mstate = made(lambda rngs: nnx.Linear(X.shape[-1], 2, rngs=rngs))
+    out = model.apply(params, mstate, X, method=lambda layer, x: 2 * layer(x))[0]
+    assert out.dtype == jnp.float32 and (out == 2 * model.apply(params, mstate, X)[0]).all()
+
+
 def test_cast_params_once_for_evaluation_gives_the_same_bits():
     model, params, mstate = made(lm("loop"), {"layers/1": "float16"})
     cast = model.cast_params(params)

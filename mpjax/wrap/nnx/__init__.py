@@ -16,7 +16,7 @@ from mpjax.numerics.delayed import COLLECTION, histories
 from mpjax.policy.resolution import Table, resolution_table
 from mpjax.policy.rules import PolicyMap
 from mpjax.wrap.arguments import call_arguments
-from mpjax.wrap.nnx.calls import SITE, bordered, probed_by, read_in_stream, running
+from mpjax.wrap.nnx.calls import SITE, bordered, method_of, probed_by, read_in_stream, running
 from mpjax.wrap.nnx.layers import attributes_for, sequence_takes, takes_delayed, unfit
 from mpjax.wrap.nnx.leaves import Leaves, without_sown
 from mpjax.wrap.nnx.sites import Graph, Site, plan_sites, read_graph
@@ -62,7 +62,7 @@ def wrap_nnx(source: nnx.Module | Callable[..., nnx.Module], rules: PolicyMap) -
         module = leaves.merge(instrumented, params, streams)
         if train is not None:
             module.train() if train else module.eval()
-        call = getattr(module, method if isinstance(method, str) else method.__name__)
+        call = method_of(module, method)
         with reserved(kept) as sinks:
             token = running.set(None), probed_by.set(sinks)  # one wrapped model may run inside another
             try:
