@@ -15,6 +15,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from mpjax.core.cautions import PrecisionWarning
+from mpjax.core.dtypes import wide
 from mpjax.core.scopes import attention_scope
 from mpjax.core.types import DTypeLike
 from mpjax.numerics.remat import ATTENTION
@@ -22,7 +23,7 @@ from mpjax.numerics.remat import ATTENTION
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def softmax_float32(scores: jax.Array, mask: jax.Array | None, dtype: DTypeLike) -> jax.Array:
-    """Softmax over the last axis, computed in float32 and handed out in `dtype`.
+    """Softmax over the last axis, computed in float32 (float64 for float64 scores) and handed out in `dtype`.
 
         w = exp(s − max s) / Σ exp(s − max s), s = −3.4e38 where the mask is False
 
@@ -37,9 +38,9 @@ def softmax_float32(scores: jax.Array, mask: jax.Array | None, dtype: DTypeLike)
     >>> softmax_float32(jnp.array([1.0, 1.0]), jnp.array([True, False]), jnp.bfloat16)
     Array([1, 0], dtype=bfloat16)
     """
-    scores = scores.astype(jnp.float32)
+    scores = scores.astype(wide(scores.dtype))
     if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+        scores = jnp.where(mask, scores, jnp.asarray(jnp.finfo(jnp.float32).min, scores.dtype))
     return jax.nn.softmax(scores).astype(dtype)
 
 
@@ -50,8 +51,8 @@ def _softmax_float32_jvp(dtype: DTypeLike, primals: tuple, tangents: tuple) -> t
 
     @jax.checkpoint  # keeps `weights` and not its float32 copy; masked weights of a live row are 0, so no mask is kept
     def tangent(weights: jax.Array, t: jax.Array) -> jax.Array:
-        w = jnp.where(alive, weights, jnp.zeros_like(weights)).astype(jnp.float32)
-        t = t.astype(jnp.float32)
+        w = jnp.where(alive, weights, jnp.zeros_like(weights)).astype(wide(t.dtype))
+        t = t.astype(w.dtype)
         return (w * (t - jnp.sum(w * t, -1, keepdims=True))).astype(dtype)
 
     return weights, tangent(weights, tangents[0])
@@ -119,7 +120,7 @@ def attention(
             mask = causal if mask is None else mask & causal
         scores = _scores(query, key, precision)
         if bias is not None:
-            scores = scores.astype(jnp.float32) + bias.astype(jnp.float32)
+            scores = scores.astype(wide(compute)) + bias.astype(wide(compute))
         weights = softmax_float32(scores, mask, compute)
         if module is not None:
             module.sow("intermediates", "attention_weights", weights)

@@ -42,6 +42,7 @@ from mpjax.numerics.dot import (
     plain,
 )
 from mpjax.numerics.quantize import exponent, largest, scale_for_exponent, to_float8_or_nan
+from mpjax.numerics.varying import varying_alike
 
 COLLECTION = "fp8_history"
 """Of `mstate`: the histories, by module path. Its namesake in the reserved collection holds this step's counts."""
@@ -91,7 +92,7 @@ class DelayedDot:
                 lhs, rhs, numbers, precision, preferred_element_type, out_sharding=out_sharding
             )  # fmt: skip
         out = jnp.dtype(preferred_element_type or jnp.promote_types(lhs.dtype, rhs.dtype))
-        return _delayed_dot(lhs, rhs, *known, numbers, out)
+        return _delayed_dot(*varying_alike(lhs, rhs, *known), numbers, out)
 
 
 def histories(paths: Iterable[str]) -> PyTree:
@@ -213,7 +214,7 @@ def _backward(numbers: Numbers, out: np.dtype, kept: tuple, cotangent: jax.Array
     by_lhs, by_rhs = gradients(g, x, w, g_scale * w_scale, g_scale * x_scale, numbers, dtypes)
     seen = jnp.stack([x_seen, w_seen, _seen(g, g_scale, BACKWARD)])
     counts = (jnp.arange(EXPONENTS)[None] == seen[:, None]).astype(jnp.float32)
-    return by_lhs, by_rhs, jnp.zeros((3, STEPS), jnp.float32), counts
+    return by_lhs, by_rhs, jnp.zeros_like(counts[:, :STEPS]), counts
 
 
 def _seen(q: jax.Array, scale: jax.Array, dtype: np.dtype) -> jax.Array:

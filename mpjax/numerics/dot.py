@@ -22,6 +22,7 @@ import numpy as np
 
 from mpjax.core.types import DTypeLike
 from mpjax.numerics.quantize import current_scale, largest, to_float8, to_int8
+from mpjax.numerics.varying import varying_alike
 
 FORWARD, BACKWARD = jnp.dtype("float8_e4m3fn"), jnp.dtype("float8_e5m2")
 """Values need precision, gradients need range (Micikevicius et al., FP8 Formats for Deep Learning, 2022)."""
@@ -42,6 +43,9 @@ class QuantizedDot:
     in the dtypes that the same call of `jax.lax.dot_general` gives. The right side is taken for the weights: where its sizes
     are no multiples of 16, or where there are batch axes, the product runs in the dtype that came, since no eight-bit
     GEMM takes those.
+
+    A second derivative is taken with int8, its products quantised like the others; with fp8 it raises, since of the operands
+    only eight bits are kept, through which no gradient of theirs could pass.
 
     What is not finite in an operand makes the product NaN: with fp8 the whole, with int8 the rows that it is in.
 
@@ -82,7 +86,7 @@ class QuantizedDot:
                 lhs, rhs, numbers, precision, preferred_element_type, out_sharding=out_sharding
             )  # fmt: skip
         out = jnp.dtype(preferred_element_type or jnp.promote_types(lhs.dtype, rhs.dtype))
-        return _PRODUCTS[self.recipe](lhs, rhs, numbers, out)
+        return _PRODUCTS[self.recipe](*varying_alike(lhs, rhs), numbers, out)
 
 
 def fits_tiles(weights: tuple[int, ...], numbers: Numbers) -> bool:
@@ -170,7 +174,21 @@ def float8_product(x: jax.Array, w: jax.Array, scale: jax.Array, numbers: Number
     """
     narrow = out if out == jnp.bfloat16 else jnp.dtype("float32")
     y = jax.lax.dot_general(x, w, numbers, preferred_element_type=narrow)
-    return (y * scale.astype(narrow)).astype(out)
+    return _once((y * scale.astype(narrow)).astype(out))
+
+
+@jax.custom_jvp
+def _once(x: jax.Array) -> jax.Array:
+    """`x` itself, which no second derivative passes: cotangents of float8 operands would be float8, and NaN over 448."""
+    return x
+
+
+@_once.defjvp
+def _once_jvp(primals: tuple, tangents: tuple) -> Any:
+    raise NotImplementedError(
+        "a second derivative goes through a float8 product, of whose operands eight bits are kept; legal is one derivative; "
+        "use dot=int8, or dot=none for the layers in question"
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -179,15 +197,16 @@ def _int8_dot(lhs: jax.Array, rhs: jax.Array, numbers: Numbers, out: np.dtype) -
 
 
 def _int8_forward(lhs: jax.Array, rhs: jax.Array, numbers: Numbers, out: np.dtype) -> tuple[jax.Array, tuple]:
-    return _int8_product(lhs, rhs, numbers, out), (lhs, rhs)
+    return _int8_dot(lhs, rhs, numbers, out), (lhs, rhs)  # a second derivative differentiates this very line
 
 
 def _int8_backward(numbers: Numbers, out: np.dtype, kept: tuple, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
     lhs, rhs = kept
     for_lhs, lhs_axes = transposed(numbers, lhs.ndim, rhs.ndim)
     for_rhs, rhs_axes = transposed(numbers, lhs.ndim, rhs.ndim, right=True)
-    by_lhs = _int8_product(cotangent, rhs, for_lhs, lhs.dtype).transpose(lhs_axes)
-    return by_lhs, _int8_product(lhs, cotangent, for_rhs, rhs.dtype).transpose(rhs_axes)
+    # By the function that has a gradient of its own: that of its product would be that of rounding, zero.
+    by_lhs = _int8_dot(cotangent, rhs, for_lhs, lhs.dtype).transpose(lhs_axes)
+    return by_lhs, _int8_dot(lhs, cotangent, for_rhs, rhs.dtype).transpose(rhs_axes)
 
 
 _int8_dot.defvjp(_int8_forward, _int8_backward)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from mpjax.core.types import DTypeLike
 from mpjax.numerics.cross_entropy import check_options, rows_cross_entropy
 from mpjax.numerics.example_weights import checked_weights, present, shown, wide_dtype
+from mpjax.numerics.varying import varying_alike
 
 
 def linear_softmax_cross_entropy(
@@ -107,7 +108,7 @@ def linear_softmax_cross_entropy(
     # 2⁸ float16 has room for seven bits of a z-loss below 65504, and a probability of 2⁻²² is still a normal number.
     scale = _scale_to(2.0**8, jnp.abs(weights).max(initial=0))
     rows = hidden.reshape(labels.size, hidden.shape[-1])
-    total = _total(plan, rows, kernel, bias, labels.ravel(), weights.ravel() * scale)
+    total = _total(plan, *varying_alike(rows, kernel, bias, labels.ravel(), weights.ravel() * scale))
     return total / scale, weights.sum()
 
 
@@ -206,6 +207,11 @@ def _scale_to(target: float, most: jax.Array) -> jax.Array:
     return jnp.where(usable, target / jnp.where(usable, power, jnp.ones_like(power)), jnp.ones_like(power))
 
 
+def _zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
+    """Where a sum over chunks starts, in the dtype of `like` and, in a shard_map, varying over the same axes."""
+    return varying_alike(jnp.zeros(shape, like.dtype), like)[0]
+
+
 def _logits(plan: _Plan, hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
     """In float32, of what was stored in `logits_dtype`."""
     logits = _product(hidden, kernel, (1, 1 if plan.transposed else 0), plan.logits_dtype)
@@ -224,13 +230,13 @@ def _total(
         losses = rows_cross_entropy(logits, chunk.labels, chunk.weights, plan.label_smoothing, plan.z_loss)
         return total + losses.sum(), None
 
-    return jax.lax.scan(body, jnp.zeros((), weights.dtype), _cut(plan, hidden, labels, weights))[0]
+    return jax.lax.scan(body, _zeros((), weights), _cut(plan, hidden, labels, weights))[0]
 
 
 def _total_and_slopes(
     plan: _Plan, hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None, labels: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, _Slopes]:
-    narrow, wide = kernel.astype(hidden.dtype), weights.dtype
+    narrow = kernel.astype(hidden.dtype)
 
     def body(sums: tuple, chunk: _Chunk) -> tuple[tuple, tuple]:
         total, by_kernel, by_bias = sums
@@ -251,7 +257,7 @@ def _total_and_slopes(
         rows = (by_hidden * scales).astype(narrow.dtype)
         return (total + losses.sum(), by_kernel, by_bias), (rows, scales, by_weights)
 
-    start = (jnp.zeros((), wide), jnp.zeros(kernel.shape, wide), None if bias is None else jnp.zeros(bias.shape, wide))
+    start = (_zeros((), weights), _zeros(kernel.shape, weights), None if bias is None else _zeros(bias.shape, weights))
     (total, by_kernel, by_bias), by_token = jax.lax.scan(body, start, _cut(plan, hidden, labels, weights))
     rows, scales, by_weights = (_together(x, labels.size) for x in by_token)
     return total, _Slopes(rows, scales, by_kernel, by_bias, by_weights)

@@ -90,7 +90,7 @@ class DynamicLossScale:
 
         adjust(finite):
           if not finite:              counter = 0; loss_scale = max(floor, loss_scale * backoff)
-          elif counter + 1 == period: counter = 0; loss_scale = min(loss_scale * factor, ceiling)
+          elif counter + 1 >= period: counter = 0; loss_scale = min(loss_scale * factor, ceiling)
           else:                       counter += 1
 
     so it grows *on* the `period`-th good step in a row (PyTorch's meaning). Two leaves, `[loss_scale, counter]`; all else
@@ -139,10 +139,12 @@ class DynamicLossScale:
         """The next state, given whether the gradients of this step were finite (a bool scalar)."""
         assert jnp.ndim(grads_finite) == 0, "Expected boolean scalar"
         scale, counter = jnp.asarray(self.loss_scale, jnp.float32), jnp.asarray(self.counter, jnp.int32)
-        backoff = 1 / self.factor if self.backoff_factor is None else self.backoff_factor
+        backoff: Any = 1 / self.factor if self.backoff_factor is None else self.backoff_factor
+        # In float32: numpy's float64 would stay one under x64.
+        factor, backoff = (jnp.asarray(x, jnp.float32) for x in (self.factor, backoff))
         ceiling = jnp.maximum(scale, min(self.max_loss_scale, float(jnp.finfo(jnp.float32).max)))
-        due = counter == self.period - 1
-        grown = jnp.where(due, jnp.minimum(scale * self.factor, ceiling), scale)
+        due = counter >= self.period - 1  # a restored counter may be past a period that is shorter now
+        grown = jnp.where(due, jnp.minimum(scale * factor, ceiling), scale)
         shrunk = jnp.maximum(scale * backoff, self.min_loss_scale)
         return dataclasses.replace(
             self,

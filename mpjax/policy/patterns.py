@@ -17,7 +17,8 @@ REGEX = "re:"
 def names(pattern: Pattern, path: str, cls: Any) -> bool:
     """Whether `pattern` names this very module, not one that contains it.
 
-    In a glob `*` and `?` stay within a segment and `**/` stands for zero or more segments. An index may be written
+    In a glob `*` and `?` stay within a segment, `**/` stands for zero or more segments and `**` alone for every module, the
+    root too. An index may be written
     either way, `layers_0` or `layers/0`. A regex (`re:…`) must match the whole canonical path. A class names its own
     instances and those of its subclasses.
 
@@ -28,7 +29,7 @@ def names(pattern: Pattern, path: str, cls: Any) -> bool:
         return isinstance(cls, type) and issubclass(cls, pattern)
     if pattern.startswith(REGEX):
         return re.fullmatch(pattern.removeprefix(REGEX), path) is not None
-    return _glob(pattern).fullmatch(path + "/") is not None
+    return pattern == "**" or _glob(pattern).fullmatch(path + "/") is not None
 
 
 def governs(pattern: Pattern, path: str, sites: Sites) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import jmp
 import numpy as np
 
-from mpjax.core.dtypes import canonical
+from mpjax.core.dtypes import canonical, wide
 from mpjax.policy.patterns import REGEX, Pattern, Sites, governs, is_exact, lineage, names
 from mpjax.policy.policy import Policy, parse_dot, parse_keys
 
@@ -57,7 +57,7 @@ class PolicyMap:
 
         policy(module) = the first rule that names the module or a module around it
                          but a float32 island obeys only a rule that names its class or its exact path
-                         (or a module inside it); else float32 if it is an island; else the default
+                         (or a module inside it); else float32 if it is an island, and float64 in float64; else the default
 
     A `dot=` recipe holds for the dense layers below its rule, but for modules with the name of a head or an embedding
     (`KEEPS_DTYPE`) and all in them, unless a rule names their class or spells out their path, or that of a module in them.
@@ -135,8 +135,11 @@ class PolicyMap:
                 return Resolution(index, rule)
         if island is None:
             return Resolution(None, Rule("", self.default))
-        float32 = Policy("float32", "float32", self.default.output_dtype)
-        return Resolution("island", Rule("", float32))
+        around = next(
+            (r.policy for r in self.rules if any(names(r.pattern, p, sites.get(p)) for p in above)), self.default
+        )
+        param, compute = wide(around.param_dtype), wide(around.compute_dtype)  # float64 stays: an island never narrows
+        return Resolution("island", Rule("", Policy(param, compute, self.default.output_dtype)))
 
     def dot_at(self, path: str, sites: Sites) -> str | None:
         """By which recipe a dense layer at `path` multiplies: None in its compute dtype.

@@ -6,13 +6,14 @@ import inspect
 from typing import Any
 
 
-def call_arguments(cls: type, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any], bool | None]:
+def call_arguments(cls: type, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any], bool | None]:
     """(method, keyword arguments that it takes, `train` if it was given and the method does not take it).
 
     A method that must have `train` and is not told gets False.
 
     Args:
       cls: the class of the user's module.
+      args: what came with the call by position; `train` may be among it.
       kwargs: what came with the call, `method` and `train` among them; a method is a name or a function of the class.
 
     Raises:
@@ -21,9 +22,9 @@ def call_arguments(cls: type, kwargs: dict[str, Any]) -> tuple[Any, dict[str, An
     >>> class Net:
     ...     def __call__(self, x, train): ...
     ...     def encode(self, x): ...
-    >>> call_arguments(Net, {"train": True})
+    >>> call_arguments(Net, (1.0,), {"train": True})
     ('__call__', {'train': True}, None)
-    >>> call_arguments(Net, {"train": True, "method": "encode"})
+    >>> call_arguments(Net, (1.0,), {"train": True, "method": "encode"})
     ('encode', {}, True)
     """
     kwargs = dict(kwargs)
@@ -34,7 +35,9 @@ def call_arguments(cls: type, kwargs: dict[str, Any]) -> tuple[Any, dict[str, An
         raise ValueError(f"got method={method!r}; {cls.__name__} has no such method; name one that it defines")
     parameters = inspect.signature(function).parameters
     if "train" in parameters:
-        required = parameters["train"].default is inspect.Parameter.empty
+        parameter, place = parameters["train"], list(parameters).index("train")  # the module itself is at place 0
+        given = parameter.kind is not inspect.Parameter.KEYWORD_ONLY and len(args) >= place
+        required = parameter.default is inspect.Parameter.empty and not given
         kwargs |= {"train": bool(train)} if required or train is not None else {}
         return method, kwargs, None
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()) and train is not None:

@@ -365,6 +365,20 @@ def test_softmax_equals_float64_forward_and_backward_and_in_forward_mode(dtype):
         assert (exact(found)[~mask] == 0).all()
 
 
+def test_fault_17_float64_stays():
+    with jax.enable_x64(True):
+        s = np.random.default_rng(0).normal(size=(3, 5))
+        true = np.exp(s) / np.exp(s).sum(-1, keepdims=True)
+        w, t = jax.jvp(lambda s: softmax_float32(s, None, s.dtype), (jnp.asarray(s),), (jnp.asarray(s),))
+        tangent = true * (s - (true * s).sum(-1, keepdims=True))
+        q, bias = jnp.asarray(s[None, :, None, :]), jnp.zeros((1, 1, 3, 3), jnp.float64)
+        weights = np.exp(s @ s.T / np.sqrt(5))
+        out = attention(q, q, q, bias=bias)[0, :, 0]
+        for got, hand in ((w, true), (t, tangent), (out, weights / weights.sum(-1, keepdims=True) @ s)):
+            assert got.dtype == jnp.float64
+            np.testing.assert_allclose(got, hand, rtol=0, atol=2**-48)
+
+
 def test_softmax_under_vmap_and_scan():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 5)), "bfloat16")
 

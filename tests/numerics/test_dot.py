@@ -322,6 +322,32 @@ def test_tiles_are_the_products_of_the_weights_axes():
     assert not fits_tiles((16,), (((0,), (0,)), ((), ()))) and not fits_tiles((2, 8, 8), (((0,), (1,)), ((), ())))
 
 
+# A gradient of a gradient.
+
+
+def penalty(dot, x, w):
+    return jnp.sum(jax.grad(lambda x: jnp.sum(jnp.square(dot(x, w, PLAIN))))(x) ** 2)
+
+
+def test_int8_has_second_derivatives():
+    """Each row is of one magnitude, so that no rounding to eight bits changes it: what is left is that of float32."""
+    x, w = jnp.full((2, 16), 3.0), jnp.eye(16) * 2
+    twice = jax.jit(jax.grad(penalty, (1, 2)), static_argnums=0)
+    found, true = (twice(dot, x, w) for dot in (QuantizedDot("int8"), jax.lax.dot_general))
+    for got, expected in zip(found, true, strict=True):
+        assert expected.any()
+        np.testing.assert_allclose(got, expected, rtol=2**-18)
+
+
+def test_float8_has_no_second_derivative_and_says_so():
+    dot, x, w = QuantizedDot("fp8"), jnp.full((2, 16), 3.0), jnp.eye(16) * 2
+    with pytest.raises(NotImplementedError, match=r"second derivative.*legal is one.*use dot=int8"):
+        jax.grad(penalty, 2)(dot, x, w)
+    by_bias = jax.grad(lambda w, b: jnp.sum(jnp.square(dot(x, w, PLAIN) + b)), (0, 1))
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        jax.grad(lambda w: by_bias(w, jnp.ones((1, 16)))[1].sum())(w)
+
+
 # What is large, zero, or not finite.
 
 

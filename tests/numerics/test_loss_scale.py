@@ -50,6 +50,10 @@ def test_a_skip_shrinks_it_and_starts_the_count_again():
     assert int(start.adjust(GOOD).adjust(BAD).counter) == 0
 
 
+def test_a_counter_past_a_period_that_is_shorter_now_grows_at_once():
+    assert scales(DynamicLossScale(jnp.float32(1), jnp.int32(7), period=3), "++++") == [2, 2, 2, 4]
+
+
 def test_growth_on_every_step():
     assert scales(dynamic_loss_scale(1.0, growth_interval=1), "+++-+") == [2, 4, 8, 4, 8]
 
@@ -226,6 +230,14 @@ def test_its_leaves_are_strong_float32_and_int32_after_a_step(given, x64):
             after = DynamicLossScale(given, 0, period=1).adjust(flag)
             for leaf, dtype in ((after.loss_scale, jnp.float32), (after.counter, jnp.int32)):
                 assert (leaf.dtype, leaf.weak_type) == (dtype, False)
+
+
+@pytest.mark.parametrize("flag", [GOOD, BAD])
+def test_a_factor_that_is_a_numpy_float64_leaves_the_scale_float32(flag):
+    with jax.enable_x64(True):
+        for settings in ({"factor": np.float64(2)}, {"backoff_factor": np.float64(0.25)}):
+            start = DynamicLossScale(jnp.float32(8), period=1, **settings)
+            assert start.adjust(flag).loss_scale.dtype == jnp.float32
 
 
 def test_the_checked_factory_starts_strong():

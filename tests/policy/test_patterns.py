@@ -69,6 +69,7 @@ PATHS = (
         (r"re:(.*/)?layers/\d+/attention", {"layers/0/attention", "layers/1/attention", "encoder/layers/0/attention"}),
         ("re:layers_0", set()),  # and is held to the canonical spelling
         ("re:", {""}),
+        ("**", set(PATHS)),
     ],
 )
 def test_a_pattern_names_these_modules_and_no_others(pattern, named):

@@ -121,6 +121,15 @@ def test_a_rule_on_an_ancestor_or_a_sweep_leaves_norms_alone(pattern):
     assert found.isdisjoint(NORMS - {"layers/1/norm/gate"})
 
 
+def test_an_island_in_float64_is_no_narrower_than_what_is_around_it():
+    for rules in (PolicyMap(default="f64"), PolicyMap({"*": "f64"}), PolicyMap({"layers": "f64"})):
+        found = rules.resolve("layers/1/norm", SITES)
+        assert (found.source, str(found.policy.param_dtype), str(found.policy.compute_dtype)) == (
+            "island",
+            *["float64"] * 2,
+        )
+
+
 @pytest.mark.parametrize("pattern", ["", "layers", "*", "**/*", "*/*/*", "re:.*", "layers/1/norm*"])
 def test_what_stands_inside_an_island_is_as_sheltered_as_the_island(pattern):
     assert "layers/1/norm/gate" not in computing(PolicyMap({pattern: "f16"}), "f16")

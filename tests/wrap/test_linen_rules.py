@@ -311,8 +311,28 @@ def test_train_reaches_the_method_that_takes_it_and_no_other():
     assert (model.apply(params, mstate, SEQUENCE)[0] == SEQUENCE).all()
     dropped = model.apply(params, mstate, SEQUENCE, train=True, rng=jax.random.key(1))[0]
     assert 0.3 < float((dropped == 0).mean()) < 0.7
+    by_place = model.apply(params, mstate, SEQUENCE, True, rng=jax.random.key(1))[0]
+    assert (by_place == dropped).all() and model.init(jax.random.key(0), SEQUENCE, True) == ({}, {})
     plain, params, mstate = made(nn.Dense(2), "float32", SEQUENCE)
     assert plain.apply(params, mstate, SEQUENCE, train=True)[0].shape == (4, 8, 2)
+
+
+def test_state_that_a_call_adds_to_is_refused_and_what_sow_replaces_comes_out():
+    class Sows(nn.Module):
+        options: dict
+
+        @nn.compact
+        def __call__(self, x):
+            self.sow("losses", "balance", x.mean(), **self.options)
+            return x
+
+    model, params, mstate = made(Sows({}), "float32", SEQUENCE)
+    with pytest.raises(ValueError, match=r"added to mstate\['losses'\].*what init gave.*reduce_fn"):
+        model.apply(params, mstate, SEQUENCE)
+    one = {"init_fn": lambda: 0.0, "reduce_fn": lambda old, new: new}
+    model, params, mstate = made(Sows(one), "float32", SEQUENCE)
+    _, after = model.apply(params, mstate, 2 * SEQUENCE)
+    assert float(after["losses"]["balance"]) == 2 * float(SEQUENCE.mean())
 
 
 @pytest.mark.optimized

@@ -176,6 +176,20 @@ def test_train_calls_train_and_eval_where_the_method_does_not_take_it():
 
     model, params, mstate = made(lambda rngs: Takes(), "float32")
     assert [float(model.apply(params, mstate, jnp.zeros(()), **t)[0]) for t in ({}, {"train": True})] == [0.0, 1.0]
+    assert float(model.apply(params, mstate, jnp.zeros(()), True)[0]) == 1.0
+
+
+def test_train_reaches_a_sequence_of_layers():
+    def layers(rngs):
+        return nnx.Sequential(nnx.Sequential(nnx.relu, nnx.BatchNorm(8, rngs=rngs)), nnx.Dropout(0.5, rngs=rngs))
+
+    model, params, mstate = made(layers, "float32")
+    x = jnp.ones((4, 8))
+    dropped, moved = model.apply(params, mstate, x, train=True, rng=KEY)
+    kept, same = model.apply(params, mstate, x, train=False)
+    assert (kept != 0).all() and (dropped == 0).all()  # a batch of equal rows has no variance
+    ran, still = (jax.tree.leaves(state["batch_stats"]) for state in (moved, same))
+    assert not np.array_equal(ran, still) and np.array_equal(still, jax.tree.leaves(mstate["batch_stats"]))
 
 
 def test_a_decode_cache_computes_in_half_and_is_stored_as_it_was():
@@ -203,6 +217,25 @@ def test_a_variable_that_is_no_param_is_never_cast():
     model, params, mstate = made(Reads)
     free, *read = model.apply(params, mstate, X)[0]
     assert float(free[0]) == 2**-12 and all(float(jnp.ravel(w)[0]) == 0.0 for w in read)
+
+
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow")
+def test_an_instance_that_has_sown_a_perturbation_and_a_param_that_is_a_dict():
+    class Net(nnx.Module):
+        def __init__(self):
+            self.table = nnx.Param({"w": jnp.ones((X.shape[-1], 2)), "b": jnp.zeros((1, 1, 2))})
+            self.noise = nnx.Perturbation(jnp.zeros((1, 1, 2)))
+
+        def __call__(self, x):
+            self.sow(nnx.Intermediate, "seen", x)
+            return x @ self.table["w"] + self.table["b"] + self.noise
+
+    net = Net()
+    y = net(X)
+    model, params, mstate = made(net, "float32")
+    out, after = model.apply(params, mstate, X)
+    assert (out == y).all() and jax.tree.structure(after) == jax.tree.structure(mstate) and len(net.seen) == 1
+    assert sorted(params["table"]) == ["b", "w"] and (model.merge(params, mstate)(X) == y).all()
 
 
 @pytest.mark.filterwarnings("ignore:Using 'Module.sow")
@@ -408,6 +441,12 @@ def test_methods_are_entered_like_the_call():
 
 
 @pytest.mark.optimized
+def test_a_method_may_be_a_function_of_ones_own():
+    model, params, mstate = made(lambda rngs: nnx.Linear(X.shape[-1], 2, rngs=rngs))
+    out = model.apply(params, mstate, X, method=lambda layer, x: 2 * layer(x))[0]
+    assert out.dtype == jnp.float32 and (out == 2 * model.apply(params, mstate, X)[0]).all()
+
+
 def test_cast_params_once_for_evaluation_gives_the_same_bits():
     model, params, mstate = made(lm("loop"), {"layers/1": "float16"})
     cast = model.cast_params(params)

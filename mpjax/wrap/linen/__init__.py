@@ -43,7 +43,7 @@ def wrap_linen(module: nn.Module, rules: PolicyMap, streams: tuple[str, ...]) ->
         return known[key]
 
     def init_call(rng: Any, args: tuple, kwargs: dict) -> tuple[Any, Callable[[], Any]]:
-        method, kwargs, _ = call_arguments(type(module), kwargs)
+        method, kwargs, _ = call_arguments(type(module), args, kwargs)
         keys = {"params": rng} | {name: jax.random.fold_in(rng, n) for n, name in enumerate(streams, 1)}
         return ("init", method, _signature(args, kwargs)), functools.partial(
             module.init, keys, *args, method=method, **kwargs
@@ -60,7 +60,7 @@ def wrap_linen(module: nn.Module, rules: PolicyMap, streams: tuple[str, ...]) ->
         return cast_by_path(params, lambda path: _policy_at(rules, sites, path).param_dtype), variables
 
     def apply(params: Params, mstate: MState, *args: Any, rng: jax.Array | None = None, **kwargs: Any) -> Any:
-        method, kwargs, _ = call_arguments(type(module), kwargs)
+        method, kwargs, _ = call_arguments(type(module), args, kwargs)
         mstate, kept = apart(mstate)
         keys = {} if rng is None else {n: jax.random.fold_in(rng, i) for i, n in enumerate(("params", *streams))}
         run = functools.partial(module.apply, rngs=keys, mutable=list(mstate), method=method)
@@ -81,7 +81,7 @@ def wrap_linen(module: nn.Module, rules: PolicyMap, streams: tuple[str, ...]) ->
         with reserved(kept) as sinks, Interceptor(rules, sites, sinks, by_path=bool(kept)) as interceptor:
             with nn.override_named_call(False), nn.intercept_methods(interceptor):
                 out, changed = run({"params": params, **mstate, **stored}, *args, **kwargs)
-        return out, (cast_like(dict(changed), mstate) if mstate else mstate) | kept
+        return out, (_as_stored(dict(changed), mstate) if mstate else mstate) | kept
 
     def table(*args: Any, **kwargs: Any) -> Table:
         key, run = init_call(jax.random.key(0), args, kwargs)
@@ -95,6 +95,24 @@ def wrap_linen(module: nn.Module, rules: PolicyMap, streams: tuple[str, ...]) ->
         return cast_by_path(params, lambda path: rules.resolve(_owner(path), classes).policy.compute_dtype)
 
     return Model(init, apply, policy=rules, table=table, cast_params=cast_params)
+
+
+def _as_stored(changed: MState, before: MState) -> MState:
+    """The collections after a call, in the dtypes that they had before.
+
+    Raises:
+      ValueError: the call changed what is in a collection, as `sow` does, which by default makes a tuple longer.
+    """
+    changed = {name: changed.get(name, tree) for name, tree in before.items()}  # Flax leaves an empty one out
+    for name, tree in before.items():
+        structure: Any = jax.tree.structure(tree)
+        if jax.tree.structure(changed[name]) != structure:
+            raise ValueError(
+                f"the call added to mstate[{name!r}], or took from it; legal is what init gave, with other values; make each "
+                "variable in init, and give sow a reduce_fn that keeps one value: "
+                "self.sow(..., init_fn=lambda: 0.0, reduce_fn=lambda old, new: new)"
+            )
+    return cast_like(changed, before)
 
 
 def _signature(args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -16,9 +16,9 @@ from mpjax.numerics.delayed import COLLECTION, histories
 from mpjax.policy.resolution import Table, resolution_table
 from mpjax.policy.rules import PolicyMap
 from mpjax.wrap.arguments import call_arguments
-from mpjax.wrap.nnx.calls import SITE, bordered, probed_by, read_in_stream, running
-from mpjax.wrap.nnx.layers import attributes_for, takes_delayed, unfit
-from mpjax.wrap.nnx.leaves import Leaves
+from mpjax.wrap.nnx.calls import SITE, bordered, method_of, probed_by, read_in_stream, running
+from mpjax.wrap.nnx.layers import attributes_for, sequence_takes, takes_delayed, unfit
+from mpjax.wrap.nnx.leaves import Leaves, without_sown
 from mpjax.wrap.nnx.sites import Graph, Site, plan_sites, read_graph
 from mpjax.wrap.reserved import apart, reserved
 
@@ -54,13 +54,15 @@ def wrap_nnx(source: nnx.Module | Callable[..., nnx.Module], rules: PolicyMap) -
         return jax.tree.map(jnp.copy, (params, mstate))  # of an instance every leaf is still the user's
 
     def apply(params: Params, mstate: MState, *args: Any, rng: jax.Array | None = None, **kwargs: Any) -> Any:
-        method, kwargs, train = call_arguments(classes[""], kwargs)
+        method, kwargs, train = call_arguments(classes[""], args, kwargs)
+        if method == "__call__" and "train" in kwargs and not sequence_takes("train", classes):
+            train = kwargs.pop("train")
         mstate, kept = apart(mstate)
         streams = mstate if rng is None else leaves.reseeded(mstate, rng)
         module = leaves.merge(instrumented, params, streams)
         if train is not None:
             module.train() if train else module.eval()
-        call = getattr(module, method if isinstance(method, str) else method.__name__)
+        call = method_of(module, method)
         with reserved(kept) as sinks:
             token = running.set(None), probed_by.set(sinks)  # one wrapped model may run inside another
             try:
@@ -85,7 +87,7 @@ def wrap_nnx(source: nnx.Module | Callable[..., nnx.Module], rules: PolicyMap) -
 def _build(source: Any, rng: jax.Array) -> nnx.Module:
     """A module of our own: the constructor's, or a copy of the user's instance, which is only read."""
     if isinstance(source, nnx.Module):
-        return nnx.clone(source)
+        return without_sown(nnx.clone(source))
     module = source(rngs=nnx.Rngs(rng)) if isinstance(source, type) else source(nnx.Rngs(rng))
     if not isinstance(module, nnx.Module):
         raise TypeError(

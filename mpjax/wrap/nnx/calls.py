@@ -73,6 +73,17 @@ def _crossing(name: str, method: Any) -> Callable:
     return call
 
 
+def method_of(module: nnx.Module, method: Any) -> Callable:
+    """What is called on an instrumented module: by name, or a function of it, which need not be one of the class."""
+    if isinstance(method, str):
+        return getattr(module, method)
+    own: Any = type(module).__mro__[1]  # the user's class, of which the module's is the casting subclass
+    name: str = method.__name__
+    if getattr(own, name, None) is method:
+        return getattr(module, name)
+    return functools.partial(_crossing(name, method), module)
+
+
 def _run(module: nnx.Module, method: Callable, args: tuple, kwargs: dict, site: Site, name: str) -> Any:
     args, kwargs, carry = _enter(module, args, kwargs, site)
     out = method(*args, **kwargs)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import types
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -64,6 +66,17 @@ def takes_delayed(module: nnx.Module, site: Site) -> bool:
 def _has_own_dot(module: nnx.Linear | nnx.LinearGeneral) -> bool:
     own = module.dot_general not in (None, jax.lax.dot_general)
     return own or getattr(module, "dot_general_cls", None) is not None
+
+
+def sequence_takes(name: str, classes: Mapping[str, Any]) -> bool:
+    """Whether the root has a use for this keyword. A Sequential takes any, and hands it to its first layer as it is."""
+    path = ""
+    while getattr(classes[path], "__call__", None) is nnx.Sequential.__call__:  # noqa: B004
+        path = f"{path}/layers/0".removeprefix("/")
+        if path not in classes:  # a function
+            return False
+    parameters = inspect.signature(classes[path].__call__).parameters
+    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
 def looks_up(method: Any) -> bool:

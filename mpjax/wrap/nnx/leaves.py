@@ -40,7 +40,7 @@ class Leaf:
 
 
 class Leaves:
-    """The arrays of modules of one structure. Sown Intermediates are none of them."""
+    """The arrays of modules of one structure. Sown Intermediates are none of them; Perturbations, which are built in, are."""
 
     def __init__(self, module: nnx.Module):
         self.params: list[Leaf] = []
@@ -52,7 +52,7 @@ class Leaves:
                 self.state.append(Leaf(keys, (ARRAYS, *names), None, None))
             elif issubclass(kind, nnx.Param):
                 self.params.append(Leaf(keys, names, kind, _axes(variable)))
-            elif not issubclass(kind, nnx.Intermediate):
+            elif not _is_sown(kind):
                 collection = next((name for of, name in COLLECTIONS.items() if issubclass(kind, of)), kind.__name__)
                 self.state.append(Leaf(keys, (collection, *names), kind, _axes(variable)))
 
@@ -80,7 +80,7 @@ class Leaves:
                     f"{what} do not fit the module: missing {sorted(missing) or 'nothing'}, extra "
                     f"{sorted(extra) or 'nothing'}; pass what init gave, or a tree of its structure"
                 )
-            state += [(leaf.keys, meta.unbox(given[leaf.place])) for leaf in leaves]
+            state += [(leaf.keys, _held(meta.unbox(given[leaf.place]), leaf)) for leaf in leaves]
         return nnx.merge(graphdef, nnx.from_flat_state(state), copy=True)
 
     def reseeded(self, mstate: MState, rng: jax.Array) -> MState:
@@ -125,8 +125,28 @@ class Leaves:
         return self.params, self.state
 
 
+def without_sown(module: nnx.Module) -> nnx.Module:
+    """The module, which is ours, without what calls of the user's have sown in it."""
+    nnx.pop(module, lambda _, variable: _is_sown(type(variable)))
+    return module
+
+
+def _is_sown(kind: type) -> bool:
+    return issubclass(kind, nnx.Intermediate) and not issubclass(kind, nnx.Perturbation)
+
+
+def _held(value: Any, leaf: Leaf) -> Any:
+    """A value as `nnx.merge` takes it, which counts the arrays of a bare one: a Variable may hold a pytree of them."""
+    return value if leaf.kind is None or jax.tree_util.all_leaves([value]) else leaf.kind(value)
+
+
 def _as_stored(value: Any, before: Any) -> Any:
-    return value.astype(before.dtype) if is_float(before) and hasattr(value, "astype") else value
+    structure: Any = jax.tree.structure(before)
+    if jax.tree.structure(value) != structure:
+        return value
+    return jax.tree.map(
+        lambda x, old: x.astype(old.dtype) if is_float(old) and hasattr(x, "astype") else x, value, before
+    )
 
 
 def _axes(variable: nnx.Variable) -> tuple | None:
