@@ -95,6 +95,9 @@ def fit(
         raise ValueError(
             "patience came without best; name the metric to watch: best='accuracy', or '-loss' to shrink it"
         )
+    for name, count in (("patience", patience), ("max_consecutive_skips", max_consecutive_skips)):
+        if count is not None and count < 1:
+            raise ValueError(f"got {name}={count}; legal is an int ≥ 1")
     if eval_step is not None and not len(eval_batches):
         raise ValueError("eval_step came without eval_batches; give the held-out batches, or drop it")
     first = attempts_made(state)

@@ -121,12 +121,11 @@ class ProgressBar(Hook):
         self._bar.start()
 
     def on_step(self, attempt: int, metrics: dict[str, float]) -> None:
-        loss, scale, skipped = (metrics[name] for name in ("loss", "loss_scale", "skipped"))
         (task,) = self._bar.tasks
-        self._bar.update(
-            self._task, completed=attempt + 1, loss=f"{loss:.4f}", scale=f"{scale:g}", skipped=f"{skipped:.0f}",
-            rate="-" if task.speed is None else f"{task.speed:.3g}",
-        )  # fmt: skip
+        forms = {"loss": ("loss", ".4f"), "loss_scale": ("scale", "g"), "skipped": ("skipped", ".0f")}
+        told: dict[str, Any] = {field: f"{metrics[x]:{form}}" for x, (field, form) in forms.items() if x in metrics}
+        told["rate"] = "-" if task.speed is None else f"{task.speed:.3g}"
+        self._bar.update(self._task, completed=attempt + 1, **told)
 
     def on_end(self, result: FitResult) -> None:
         self._bar.stop()

@@ -496,6 +496,8 @@ def test_settings_that_do_not_fit_are_refused_before_the_first_step():
             fit(untouched, new_state(), batch_of, attempts=2, **options)
     with pytest.raises(ValueError, match=r"patience came without best; name the metric to watch"):
         fit(untouched, new_state(), batch_of, attempts=2, eval_step=EVAL_STEP, patience=1)
+    with pytest.raises(ValueError, match=r"got max_consecutive_skips=0; legal is an int ≥ 1"):
+        fit(STEP, new_state(), batch_of, attempts=1, max_consecutive_skips=0)
     with pytest.raises(ValueError, match=r"eval_step came without eval_batches; give the held-out batches"):
         fit(untouched, new_state(), batch_of, attempts=2, eval_step=EVAL_STEP)
 

@@ -167,6 +167,12 @@ def test_the_bar_shows_where_the_run_is(monkeypatch):
     assert "3/4" not in console.file.getvalue()
 
 
+def test_a_bar_stands_a_step_of_ones_own_that_measures_less():
+    bar = ProgressBar(1)
+    bar.on_step(0, {"loss": 1.0})
+    bar.on_end(FitResult(None))
+
+
 def test_a_bar_stands_a_loss_that_is_none():
     bar = ProgressBar(1)
     bar.on_step(0, {name: float("nan") for name in METRICS})
