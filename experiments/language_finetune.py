@@ -10,7 +10,8 @@ Policies   float32; mixed_bfloat16; mixed_float16 with a dynamic loss scale; mix
 Reads      token accuracy and macro F1 over the tags, both from counts over all held-out words.
 Time       minutes on 2 CPU cores: only the two upper layers and the head are trained, on sentences of at most 32 pieces.
 Run        mpjax train language_finetune, or python -m experiments.language_finetune --steps=100 --policy mixed_bfloat16
-Full size  PRESETS["h100"]: every layer, all of the corpus, a few epochs. Nobody has run it yet.
+Full size  PRESETS["h100"]: every layer, all of the corpus, a few epochs; macro F1 0.965 in float32 and in bfloat16
+           (experiments/records/2026-11-29-presets-h200).
 """
 
 from __future__ import annotations
