@@ -25,7 +25,8 @@ def make_eval_step(eval_fn: EvalFn) -> EvalStep:
         `(sum, weight)`. A mean is given the number of rows as its weight, so that a ragged last batch counts as it should.
 
     Raises:
-      ValueError: at the first call: a metric that is not a scalar, or a batch without rows.
+      ValueError: at the first call: a metric that is not a scalar, a batch without rows, or a mean over one whose arrays
+        have different numbers of them.
 
     >>> import optax
     >>> from mpjax.core.model import Model
@@ -42,15 +43,20 @@ def make_eval_step(eval_fn: EvalFn) -> EvalStep:
         if not rows or rows[0] == 0:
             raise ValueError("an evaluation batch has 0 rows; give each at least one, or leave it out")
         return {
-            name: _pair(name, value, rows[0])
+            name: _pair(name, value, rows)
             for name, value in eval_fn(state.averaged_params, state.mstate, batch).items()
         }
 
     return jax.jit(eval_step)
 
 
-def _pair(name: str, value: Any, rows: int) -> tuple[jax.Array, jax.Array]:
-    parts = value if isinstance(value, tuple) else (value, rows)
+def _pair(name: str, value: Any, rows: list[int]) -> tuple[jax.Array, jax.Array]:
+    if not isinstance(value, tuple) and len(set(rows)) > 1:
+        raise ValueError(
+            f"metric {name!r} is a mean over a batch whose arrays have {', '.join(map(str, sorted(set(rows))))} rows: which it is over "
+            "is not known; return (sum, weight)"
+        )
+    parts = value if isinstance(value, tuple) else (value, rows[0])
     if len(parts) != 2 or any(isinstance(x, (dict, list, tuple)) or jnp.ndim(x) for x in parts):
         raise ValueError(
             f"metric {name!r} has the shapes {jax.tree.map(jnp.shape, value)}; legal is a scalar mean or a pair of scalars "

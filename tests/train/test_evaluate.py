@@ -171,3 +171,13 @@ def test_a_metric_that_is_neither_a_scalar_nor_a_pair_is_refused(metric, shapes)
     words = f"metric 'value' has the shapes {shapes}; legal is a scalar mean or a pair of scalars (sum, weight); reduce"
     with pytest.raises(ValueError, match=re.escape(words)):
         of_rows(lambda y, weight: metric(y))(new_state(), {"x": X})
+
+
+def test_a_mean_over_rows_that_are_not_all_as_many_is_refused_and_a_pair_is_not():
+    """Weighted by the ten of `classes`, six rows and two would count alike."""
+    batches = [{"classes": np.ones(10), "x": np.full(n, value)} for n, value in ((6, 1.0), (2, 0.0))]
+    mean = make_eval_step(lambda params, mstate, batch: {"mean": batch["x"].mean()})
+    with pytest.raises(ValueError, match=r"metric 'mean' is a mean over .* 6, 10 rows: .* return \(sum, weight\)"):
+        evaluate(mean, new_state(), batches)
+    pair = make_eval_step(lambda params, mstate, batch: {"mean": (batch["x"].sum(), batch["x"].size)})
+    assert evaluate(pair, new_state(), batches) == {"mean": 0.75}
