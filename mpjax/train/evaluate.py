@@ -52,9 +52,10 @@ def make_eval_step(eval_fn: EvalFn) -> EvalStep:
 
 def _pair(name: str, value: Any, rows: list[int]) -> tuple[jax.Array, jax.Array]:
     if not isinstance(value, tuple) and len(set(rows)) > 1:
+        counts = ", ".join(map(str, sorted(set(rows))))
         raise ValueError(
-            f"metric {name!r} is a mean over a batch whose arrays have {', '.join(map(str, sorted(set(rows))))} rows: which it is over "
-            "is not known; return (sum, weight)"
+            f"metric {name!r} is a mean over a batch whose arrays have {counts} rows: which it is over is not known; "
+            "return (sum, weight)"
         )
     parts = value if isinstance(value, tuple) else (value, rows[0])
     if len(parts) != 2 or any(isinstance(x, (dict, list, tuple)) or jnp.ndim(x) for x in parts):
