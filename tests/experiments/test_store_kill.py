@@ -34,8 +34,8 @@ def test_fault_23_no_kill_loses_a_save(asynchronous, tmp_path):
     ("broken", "phase", "seen"),
     [
         # In which file of a copy the kill comes is chance: a manifest cut off or not there, or one that is whole before
-            # what it vouches for.
-            ("copies", "rename", r"has the name of a step and is none|DamagedError|damaged: 1: |is missing"),
+        # what it vouches for.
+        ("copies", "rename", r"has the name of a step and is none|DamagedError|damaged: 1: |is missing"),
         ("hasty", "manifest", "was saved and is gone"),
     ],
 )
