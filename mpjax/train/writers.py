@@ -113,11 +113,11 @@ class ProgressBar(Hook):
     def __init__(self, attempts: int, name: str = "train"):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        fields = TextColumn("loss {task.fields[loss]}  scale {task.fields[scale]}  skipped {task.fields[skipped]}")
-        rate, name_of = TextColumn("{task.fields[rate]} steps/s"), TextColumn("{task.description}")
-        columns = (name_of, BarColumn(20), MofNCompleteColumn(), fields, rate, TimeRemainingColumn())
+        fields = TextColumn("loss {task.fields[loss]} scale {task.fields[scale]} skipped {task.fields[skipped]}")
+        rate, name_of = TextColumn("{task.fields[rate]}/s"), TextColumn("{task.description}")
+        columns = (name_of, BarColumn(None), MofNCompleteColumn(), fields, rate, TimeRemainingColumn())
         self._bar = Progress(*columns, disable=not is_first())
-        self._task = self._bar.add_task(f"{name:>16}", total=attempts, loss="-", scale="-", skipped="-", rate="-")
+        self._task = self._bar.add_task(f"{name:>14}", total=attempts, loss="-", scale="-", skipped="-", rate="-")
         self._bar.start()
 
     def on_step(self, attempt: int, metrics: dict[str, float]) -> None:

@@ -161,7 +161,7 @@ def test_the_bar_shows_where_the_run_is(monkeypatch):
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue()).rsplit("mixed_float16", 1)[1]
     for words in ("3/4", "loss 0.1000", "scale 32768", "skipped 2"):
         assert words in shown
-    assert re.search(r"skipped 2 [\d.]+ steps/s 0:00:0\d", shown)
+    assert re.search(r"skipped 2 [\d.]+/s 0:00:0\d", shown)
     console.file.truncate(0)
     bar.on_end(FitResult(None))  # it is over: nothing moves any more
     assert "3/4" not in console.file.getvalue()
