@@ -112,10 +112,13 @@ class ProgressBar(Hook):
 
     def __init__(self, attempts: int, name: str = "train"):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.table import Column
 
         fields = TextColumn("loss {task.fields[loss]} scale {task.fields[scale]} skipped {task.fields[skipped]}")
         rate, name_of = TextColumn("{task.fields[rate]}/s"), TextColumn("{task.description}")
-        columns = (name_of, BarColumn(None), MofNCompleteColumn(), fields, rate, TimeRemainingColumn())
+        made = MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=len(f"{attempts}/{attempts}")))
+        # Where the terminal is narrow, the bar gives way.
+        columns = (name_of, BarColumn(None), made, fields, rate, TimeRemainingColumn())
         self._bar = Progress(*columns, disable=not is_first())
         self._task = self._bar.add_task(f"{name:>14}", total=attempts, loss="-", scale="-", skipped="-", rate="-")
         self._bar.start()
