@@ -29,7 +29,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import gc
-import json
 import math
 import os
 import sys
@@ -44,6 +43,7 @@ import tyro
 from rich.console import Console
 
 from experiments._run import Refused
+from experiments._run.folder import write_json
 from experiments.bench import collectives, goals, overlap, scaling_table
 from experiments.bench.command import Tables, told, typed
 from experiments.bench.rows import GPT, TINY, WORKS, Settings
@@ -182,8 +182,9 @@ def main(config: Config, command: str) -> int:
             longest = max(longest, time.monotonic() - since)
             said = scaling_table.line(record, case.name)
             print(f"{said}; {time.monotonic() - since:.0f} s", file=sys.stderr, flush=True)
-        write(folder / f"{config.work}-scaling.json", json.dumps(record, indent=1) + "\n")
-        write(folder / f"{config.work}-scaling.md", scaling_table.markdown(record))
+        # The file of numbers is whole whenever the run is cut; the table can be made of it again.
+        write_json(folder / f"{config.work}-scaling.json", record)
+        (folder / f"{config.work}-scaling.md").write_text(scaling_table.markdown(record), encoding="utf-8")
     console = Console(soft_wrap=True, highlight=False)
     if record["cases"]:
         console.print(
@@ -202,13 +203,6 @@ def tried(maker: Maker, case: Case, settings: Settings, compiler: Mapping[str, s
         return {"failed": f"{type(error).__name__}: {error}", "log": traceback.format_exc()[-4000:]}
     finally:
         gc.collect()  # a step and its state know each other
-
-
-def write(path: Path, text: str) -> None:
-    """Whole or not at all: a run may be cut at any moment."""
-    beside = path.with_suffix(".tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 def run(args: list[str]) -> int:

@@ -117,7 +117,7 @@ def rows(record: Record) -> list[dict[str, Any]]:
             "collectives a step": round(moved["all"]["runs"]),
             "time in them": f"{time['collectives']:.1%}" if time else "not measured",
             "of that exposed": f"{time['exposed']:.1%}" if time else "not measured",
-            "compile (s)": round(found["seconds"]["compile"], 1), "last loss": f"{found['losses'][-1]:.4f}",
+            "compile (s)": round(found["seconds"]["compile"], 1), "last loss": f"{float(found['losses'][-1]):.4f}",
         })  # fmt: skip
     return made
 
