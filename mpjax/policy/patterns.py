@@ -18,9 +18,8 @@ def names(pattern: Pattern, path: str, cls: Any) -> bool:
     """Whether `pattern` names this very module, not one that contains it.
 
     In a glob `*` and `?` stay within a segment, `**/` stands for zero or more segments and `**` alone for every module, the
-    root too. An index may be written
-    either way, `layers_0` or `layers/0`. A regex (`re:…`) must match the whole canonical path. A class names its own
-    instances and those of its subclasses.
+    root too. An index may be written either way, `layers_0` or `layers/0`. A regex (`re:…`) must match the whole canonical
+    path. A class names its own instances and those of its subclasses.
 
     >>> [names("**/attention", path, object) for path in ("attention", "layers/0/attention", "attention/query")]
     [True, True, False]
