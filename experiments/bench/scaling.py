@@ -42,8 +42,7 @@ import jax
 import tyro
 from rich.console import Console
 
-from experiments._run import Refused
-from experiments._run.folder import write_json
+from experiments._run import Refused, write_json
 from experiments.bench import collectives, goals, overlap, scaling_table
 from experiments.bench.command import Tables, told, typed
 from experiments.bench.rows import GPT, TINY, WORKS, Settings
