@@ -1,25 +1,27 @@
-"""What a step on several devices does not leave to GSPMD: float32 sums of gradients, and when cut params are made whole."""
+"""Float32 sums of gradients over devices, which GSPMD does not make: each device differentiates for itself."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from mpjax.core.dtypes import wide
 from mpjax.core.types import Batch, MState, Params, PyTree
 from mpjax.numerics.loss_scale import LossScale
-from mpjax.train.accumulate import Gathered, gather
+from mpjax.train.accumulate import Gathered, cut as micro_batches, gather
+from mpjax.train.fully_sharded import along, dtypes_used, made_whole, summed_and_cut
 from mpjax.train.specs import Axis, automatic, devices_along
+from mpjax.train.state import merge_trainable, split_trainable
 
 
 def gather_apart(
     mesh: Mesh,
     axis: Axis,
+    placed: Sequence[Any],
     loss_fn: Callable,
     trained: Params,
     frozen: Params,
@@ -35,38 +37,61 @@ def gather_apart(
         loss = Σ_d w_d · loss_d / Σ_d w_d;  grads = Σ_d w_d · g_d / Σ_d w_d;  metrics likewise;  mstate = its mean over d
 
     Left to GSPMD, the sum over devices is part of the product that makes a gradient and runs in that product's dtype.
-    Axes of the mesh other than `axis` stay with GSPMD (tensor parallelism goes on inside), and params cut over `axis`
-    itself are made whole for the length of the step.
+    Axes of the mesh other than `axis` stay with GSPMD (tensor parallelism goes on inside). Params cut over `axis` itself
+    are made whole for the length of the step, and of the sum each device gets the part that it holds.
+
+    Args:
+      mesh, axis: on which the batch lies.
+      placed: where each leaf of the params lies; none: on every device.
+      loss_fn, trained, frozen, mstate, batch, rng, loss_scale, accumulate: as `gather` takes them.
     """
     mesh = automatic(mesh)
     names = axis if isinstance(axis, tuple) else (axis,)
     devices = devices_along(mesh, axis, "the batch")
-    whole, rows = PartitionSpec(), PartitionSpec(axis)
     if devices == 1:  # nothing to sum, and where another axis has several devices XLA fails on a sum over one
         rng = jax.random.fold_in(rng, 0)
         return gather(loss_fn, trained, frozen, mstate, batch, rng, loss_scale, accumulate)
 
-    def on_each(batch: Batch, trained: Params, frozen: Params, mstate: MState, *rest: Any) -> Gathered:
+    leaves: list[jax.Array] = jax.tree.leaves(merge_trainable(trained, frozen))
+    structure: Any = jax.tree.structure(merge_trainable(trained, frozen))
+    mask = tuple(x is not None for x in jax.tree.leaves(trained, is_leaf=lambda x: x is None))
+    cuts = [along(place, axis) for place in placed] or [[] for _ in leaves]
+    specs = [PartitionSpec(*(entry or None for entry in cut)) for cut in cuts]
+    whole, rows = PartitionSpec(), PartitionSpec(axis)
+
+    def on_each(batch: Batch, params: list[jax.Array], mstate: MState, *rest: Any) -> Gathered:
         rng, loss_scale = rest
         index = jax.lax.axis_index(names)
         rng = jax.random.fold_in(rng, index)  # or each device would drop the same units
+        if any(map(any, cuts)):
+            shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+            micro = jax.tree.map(lambda x: x[0], micro_batches(batch, accumulate))
+            used = dtypes_used(loss_fn, structure.unflatten(shapes), mstate, micro, rng)
+            params = list(map(made_whole, params, cuts, used))
+        trained, frozen = split_trainable(structure.unflatten(params), mask)
         found = gather(loss_fn, trained, frozen, mstate, batch, rng, loss_scale, accumulate)
-        return _combined(found, names, devices, index == 0)
+        return _combined(found, names, devices, index == 0, [cut for cut, keep in zip(cuts, mask, strict=True) if keep])
 
+    out = Gathered._make([whole] * len(Gathered._fields))._replace(
+        grads=split_trainable(structure.unflatten(specs), mask)[0]
+    )
     # Without check_vma=False jax itself sums the gradient of a replicated param, in the dtype to which it was cast.
     apart = jax.shard_map(
         on_each,
         mesh=mesh,
-        in_specs=(jax.tree.map(lambda x: rows if jnp.ndim(x) else whole, batch), *[whole] * 5),
-        out_specs=whole,
+        in_specs=(jax.tree.map(lambda x: rows if jnp.ndim(x) else whole, batch), specs, whole, whole, whole),
+        out_specs=out,
         axis_names=set(names),
         check_vma=False,
     )
-    return apart(batch, trained, frozen, mstate, rng, loss_scale)
+    return apart(batch, leaves, mstate, rng, loss_scale)
 
 
-def _combined(found: Gathered, axis: tuple[str, ...], devices: int, first: jax.Array) -> Gathered:
-    """What the devices found, as if one had: means by weight, and the same on every device."""
+def _combined(
+    found: Gathered, axis: tuple[str, ...], devices: int, first: jax.Array, cuts: list[list[tuple[str, ...]]]
+) -> Gathered:
+    """What the devices found, as if one had: means by weight, and the same on every device, but for gradients of params
+    that are cut up."""
 
     def added(tree: PyTree) -> PyTree:
         return jax.lax.psum(tree, axis)
@@ -80,11 +105,13 @@ def _combined(found: Gathered, axis: tuple[str, ...], devices: int, first: jax.A
         part = share.astype(x.dtype)
         return added(jnp.where(part == 0, jnp.zeros_like(x), part * x)) / all_shares.astype(x.dtype)
 
-    grads = added(jax.tree.map(lambda g: share.astype(g.dtype) * g, found.grads))
+    parts: list[jax.Array] = jax.tree.leaves(found.grads)
+    structure: Any = jax.tree.structure(found.grads)
+    grads = [summed_and_cut(share.astype(g.dtype) * g, cut, axis) for g, cut in zip(parts, cuts, strict=True)]
     return Gathered(
         loss=added(found.total) / all_shares,
         total=added(found.total),
-        grads=jax.tree.map(lambda g: g / divisor.astype(g.dtype), grads),
+        grads=structure.unflatten([g / divisor.astype(g.dtype) for g in grads]),
         mstate=jax.tree.map(lambda x: _agreed(x, axis, first), found.mstate),
         sinks=added(found.sinks),
         metrics=jax.tree.map(mean, found.metrics),
@@ -102,40 +129,3 @@ def _agreed(x: jax.Array, axis: tuple[str, ...], first: jax.Array) -> jax.Array:
         return jax.lax.pmean(x.astype(wide(x.dtype)), axis).astype(x.dtype)
     number = x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
     return jax.lax.psum(jnp.where(first, number, jnp.zeros_like(number)), axis).astype(x.dtype)
-
-
-def over_gathered_params(loss_fn: Callable, shardings: PyTree, axis: Axis) -> Callable:
-    """`loss_fn`, whose params are made whole along the batch's axis on the way in, and whose gradients are cut up again.
-
-    Left to itself GSPMD may gather the activations instead: where a kernel is cut over the axis of the batch, it took a
-    product for one of tensor parallelism, and every device computed its columns for all rows.
-    """
-    names = {axis} if isinstance(axis, str) else set(axis)
-
-    def without(entry: Any) -> Any:
-        if isinstance(entry, tuple):
-            rest = tuple(name for name in entry if name not in names)
-            return rest or None
-        return None if entry in names else entry
-
-    def gathered(x: Any, cut: Any) -> Any:
-        if not isinstance(cut, NamedSharding):
-            return x
-        whole = NamedSharding(cut.mesh, PartitionSpec(*map(without, cut.spec)))
-        return x if whole.spec == cut.spec else _as_used(x, whole, cut)
-
-    def over(params: PyTree, *rest: Any) -> Any:
-        return loss_fn(jax.tree.map(gathered, params, shardings), *rest)
-
-    return over
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _as_used(x: jax.Array, whole: NamedSharding, cut: NamedSharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(x, whole)
-
-
-_as_used.defvjp(
-    lambda x, whole, cut: (jax.lax.with_sharding_constraint(x, whole), None),
-    lambda whole, cut, _, g: (jax.lax.with_sharding_constraint(g, cut),),
-)

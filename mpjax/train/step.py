@@ -19,7 +19,8 @@ from mpjax.core.types import Batch, DTypeLike, Metrics, MState, Params
 from mpjax.numerics.delayed import advanced, with_sinks
 from mpjax.numerics.loss_scale import DynamicLossScale
 from mpjax.train.accumulate import Gathered, as_stored, gather
-from mpjax.train.parallel import gather_apart, over_gathered_params
+from mpjax.train.fully_sharded import over_gathered_params
+from mpjax.train.parallel import gather_apart
 from mpjax.train.sharding import check_rows
 from mpjax.train.specs import Axis, devices_along
 from mpjax.train.state import TrainState, merge_trainable, split_trainable
@@ -86,10 +87,11 @@ def make_train_step(
       mesh: the mesh on which state and batches lie; needed for `reduce_dtype`. With it, rows that `accumulate` × devices
         does not divide are refused (GSPMD would move rows between devices instead).
       axis: the mesh axis over which the rows of a batch lie, or a tuple of them. Params that are cut over it (`fsdp`) are
-        made whole, in their own dtype, where `loss_fn` takes them, once in every micro-batch; a scanned stack of layers
-        is one param, and so is whole at once.
-      reduce_dtype: `"float32"`: sum gradients over the devices in it. None: as GSPMD does. With it `fsdp` saves the memory
-        of optimizer state and of params between steps; within one, each device holds all params and all gradients.
+        made whole where `loss_fn` takes them, once in every micro-batch; a scanned stack of layers is one param, and so
+        is whole at once. One that `loss_fn` does nothing with but cast to a half dtype moves in that: the same numbers.
+      reduce_dtype: `"float32"`: sum gradients over the devices in it. None: as GSPMD does. With it params are made whole
+        once a step, and each device gets the part of a sum that it holds of the param; `fsdp` saves the memory of
+        optimizer state and of params between steps, while within one each device holds all params and all gradients.
 
     Returns:
       A `TrainStep`. Its metrics are scalar arrays: `loss`, `grad_norm` (unscaled, before clipping), `grads_finite`,
@@ -139,8 +141,8 @@ class TrainStep:
     mesh: Mesh | None = None
     axis: Axis = "data"
     reduce_apart: bool = False
-    spread: bool = False
-    """The state lies on several devices."""
+    placed: tuple[Any, ...] = ()
+    """Where each leaf of the params lies, if the state lies on a mesh."""
 
     def __post_init__(self) -> None:
         # Not a cached property: bound once, so that every call goes straight to jax's own dispatch.
@@ -163,8 +165,9 @@ class TrainStep:
         known = self._placed  # type: ignore[attr-defined]
         if placement not in known:
             shardings = jax.tree.unflatten(structure, placement[1:])
-            loss_fn = over_gathered_params(self.loss_fn, shardings.params, self.axis)
-            here = dataclasses.replace(self, spread=True, loss_fn=self.loss_fn if self.reduce_apart else loss_fn)
+            placed = tuple(jax.tree.leaves(shardings.params))
+            loss_fn = self.loss_fn if self.reduce_apart else over_gathered_params(self.loss_fn, placed, self.axis)
+            here = dataclasses.replace(self, placed=placed, loss_fn=loss_fn)
             known[placement] = self._jit(here.pure, out_shardings=(shardings, None))
         return known[placement]
 
@@ -197,7 +200,7 @@ class TrainStep:
         new, norm = self.candidate(state, found)
         finite = jnp.isfinite(norm) & jnp.isfinite(found.loss) & found.mstate_finite
         if self.skip != "gradients":  # XLA reads params and moments for it before it writes any
-            finite &= all_finite(new.params if self.spread else bundled(new.params))
+            finite &= all_finite(new.params if self.placed else bundled(new.params))
         weightless = jnp.array(False) if found.weight is None else found.weight == 0
         if self.skip == "off":
             kept, skipped = new, jnp.zeros((), jnp.int32)
@@ -229,7 +232,7 @@ class TrainStep:
         if self.mesh is not None:
             check_rows(batch, self.mesh, self.axis, self.accumulate)
         if self.mesh is not None and self.reduce_apart:
-            found = gather_apart(self.mesh, self.axis, *given)
+            found = gather_apart(self.mesh, self.axis, self.placed, *given)
         else:
             found = gather(*given)
         moved, sinks = advanced(found.mstate, found.sinks)
@@ -238,7 +241,7 @@ class TrainStep:
     def candidate(self, state: TrainState, found: Gathered) -> tuple[Changed, jax.Array]:
         """The second half: what a good step would store, of the trained params, and the norm of the unscaled gradients."""
         grads = state.loss_scale.unscale(found.grads)
-        norm = optax.tree.norm(grads if self.spread else bundled(grads))
+        norm = optax.tree.norm(grads if self.placed else bundled(grads))
         trained, _ = split_trainable(state.params, state.trainable)
         return self._update(state, trained, found, self._clip(grads, norm)), norm
 

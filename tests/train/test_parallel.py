@@ -115,9 +115,11 @@ def test_the_reader_of_hlo_sees_rows_that_move():
 
 
 def sums_of_gradients(hlo):
-    """Every all-reduce of something of a param's shape (or its transpose): the sums of gradients over the devices."""
+    """Every sum over the devices of something of a param's shape (or its transpose), or of which each then has an eighth."""
     shapes = GRADIENTS | {shape[::-1] for shape in GRADIENTS}
-    return [c for c in collectives(hlo) if c.kind in ("all-reduce", "reduce-scatter") and c.shape in shapes]
+    eighths = {(*shape[:i], shape[i] // 8, *shape[i + 1 :]) for shape in shapes for i in range(len(shape))}
+    legal = {"all-reduce": shapes, "reduce-scatter": eighths}
+    return [c for c in collectives(hlo) if c.shape in legal.get(c.kind, ())]
 
 
 @pytest.mark.parametrize(("dtype", "short"), [(jnp.bfloat16, "bf16"), (jnp.float16, "f16")])
@@ -137,10 +139,42 @@ def test_gspmd_sums_gradients_in_the_dtype_of_their_product(dtype, short, tmp_pa
     [("data", jnp.bfloat16, 2), ("data", jnp.float16, 1), ("fsdp", jnp.float16, 2)],
 )
 def test_with_reduce_dtype_each_gradient_is_summed_once_in_float32_behind_the_loop(name, dtype, accumulate, tmp_path):
+    """Of a kernel that is cut up each device is given its part of the sum, and no device the whole."""
+    kernels = "reduce-scatter" if name == "fsdp" else "all-reduce"
     for hlo in partitioned(lowered(name, dtype, accumulate=accumulate, reduce_dtype="float32"), tmp_path):
         found = sums_of_gradients(hlo)
-        assert len(found) == 4 and {c.dtype for c in found} == {"f32"}
+        assert sorted(c.kind for c in found) == sorted(["all-reduce"] * 2 + [kernels] * 2)
+        assert {c.dtype for c in found} == {"f32"}
         assert not any(c.looped for c in collectives(hlo))
+
+
+# ---- in which dtype cut params are made whole ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduce_dtype", [None, "float32"])
+@pytest.mark.parametrize(("dtype", "short"), [(jnp.bfloat16, "bf16"), (jnp.float16, "f16"), (jnp.float32, "f32")])
+def test_cut_params_move_in_the_dtype_in_which_they_are_used(dtype, short, reduce_dtype, tmp_path):
+    """As above the CPU widens bfloat16 only behind the pass that cuts the program up."""
+    hlo, _ = partitioned(lowered("fsdp", dtype, reduce_dtype=reduce_dtype), tmp_path)
+    kernels = {WIDTHS[:2], WIDTHS[1:], WIDTHS[:2][::-1], WIDTHS[1:][::-1]}
+    moved = [c for c in collectives(hlo) if c.kind == "all-gather" and c.shape in kernels]
+    assert len(moved) == 2 and {c.dtype for c in moved} == {short}
+
+
+@pytest.mark.parametrize("reduce_dtype", [None, "float32"])
+def test_a_param_with_a_use_beside_the_cast_keeps_its_dtype(reduce_dtype, tmp_path):
+    """A penalty on one kernel is computed in float32, and a kernel that is half already has nothing to save."""
+    inner = mean_loss(jnp.bfloat16)
+
+    def loss_fn(params, mstate, batch, rng):
+        loss, aux = inner(params, mstate, batch, rng)
+        return loss + 0.1 * jnp.square(params["up"]["kernel"]).sum(), aux
+
+    state = mpjax.shard_state(created(dtype=jnp.bfloat16), MESH, PLACEMENTS["fsdp"].rules)
+    step = make_train_step(loss_fn, SGD, mesh=MESH, reduce_dtype=reduce_dtype)
+    hlo, _ = partitioned(step.lower(state, mpjax.shard_batch(batch_of(MANY), MESH)), tmp_path)
+    moved = {c.dtype: c.shape for c in collectives(hlo) if c.kind == "all-gather" and len(c.shape) == 2}
+    assert set(moved) == {"f32", "bf16"} and set(moved["f32"]) == set(WIDTHS[:2])
 
 
 # ---- the same step ---------------------------------------------------------------------------------------------------
@@ -154,6 +188,9 @@ def test_with_reduce_dtype_each_gradient_is_summed_once_in_float32_behind_the_lo
         ("data", jnp.float32, 2, masked_loss, 2e-6),
         ("fsdp", jnp.float32, 2, mean_loss, 2e-6),
         ("tensor", jnp.bfloat16, 2, masked_loss, 2e-2),
+        ("fsdp", jnp.bfloat16, 1, masked_loss, 2e-2),
+        ("fsdp+tensor", jnp.float32, 2, masked_loss, 2e-6),
+        ("fsdp+tensor", jnp.bfloat16, 1, mean_loss, 2e-2),
     ],
 )
 def test_reduced_apart_the_step_is_the_same(name, dtype, accumulate, loss, tolerance):
@@ -171,6 +208,26 @@ def test_reduced_apart_the_step_is_the_same(name, dtype, accumulate, loss, toler
         assert placements_of(state) == before
         found.append(jax.device_get((metrics, state.params, state.mstate, state.opt_state)))
     assert apart(found[1], found[0]) <= tolerance
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("trainable", [None, "down/**"])
+def test_params_cut_over_one_of_the_batchs_two_axes(trainable):
+    """Each gradient is cut over one and summed over the other; frozen params are made whole, too, and have none."""
+    grid, axes = PLACEMENTS["tensor"].mesh, ("data", "model")
+    found = []
+    for rules in (None, mpjax.fsdp("data", min_size=100), mpjax.fsdp(("model", "data"), min_size=100)):
+        state = TrainState.create(perceptron(), RECORDED, KEY, None, trainable=trainable)
+        state = mpjax.shard_state(state, grid, rules)
+        before = placements_of(state)
+        step = make_train_step(masked_loss(), RECORDED, mesh=grid, axis=axes, reduce_dtype="float32")
+        state, metrics = step(state, mpjax.shard_batch(batch_of(), grid, axes))
+        assert placements_of(state) == before
+        found.append(jax.device_get((metrics, state.params, state.opt_state)))
+    assert apart(found[1], found[0]) <= 2e-6 and apart(found[2], found[0]) <= 2e-6
+    start = created(RECORDED).params
+    moved = {name: not np.array_equal(start[name]["kernel"], found[0][1][name]["kernel"]) for name in start}
+    assert moved == {"up": trainable is None, "down": True}
 
 
 @pytest.mark.usefixtures("quick")
