@@ -7,13 +7,14 @@ Data       random bytes in place of photographs; each batch is cut from them at 
 Ways       plain: drawn when it is needed, sent with the step as float32. cast: as bfloat16, cast by numpy, half the bytes.
            prefetch: a thread makes the next two batches and sends them. prefetch + cast: both. workers: several threads do.
            floor: the same batch again and again, which lies on the device.
-Method     the ways in turn, the order rotates, the first round warms up and is not counted. In each round `steps` steps;
-           the loop reads the loss of the step before, as `mpjax.fit` does. Medians, and from the least to the largest.
+Method     the ways in turn, the order rotates, the first round warms up and is not counted. In each round `steps` steps
+           behind as many as are drawn ahead: what waits at the clock's start is no more than that, so `steps` must be
+           several times it. The loop reads the loss of the step before, as `mpjax.fit` does. Medians, least and largest.
 Reads      ms a step; of that, ms in which the host waits for the batch itself (drawn, cast, or taken from the thread);
            MiB sent a step, counted where they are placed.
 Time       half a minute on 2 CPU cores, where host and device are one and little can be hidden.
 Run        python -m experiments.input_pipeline
-Full size  for a GPU: --size=224 --batch-size=256 --width=64 --stages=4 --steps=10 --workers=12
+Full size  for a GPU: --size=224 --batch-size=256 --width=64 --stages=4 --steps=24 --repeats=2 --workers=8
 """
 
 from __future__ import annotations
@@ -108,13 +109,14 @@ def source(config: Config) -> Callable[[int], dict[str, np.ndarray]]:
     return batches
 
 
-def run(step: Any, state: Any, batches: Any, steps: int) -> tuple[Any, dict[str, float]]:
-    """The loop of `mpjax.fit`, on a clock: the state after so many steps, and ms a step."""
-    jax.block_until_ready(state)
-    waited, before = 0.0, None
-    start = time.perf_counter()
-    with drawn(batches, range(steps)) as feed:
-        for _ in range(steps):
+def run(step: Any, state: Any, batches: Any, steps: int, filling: int = 1) -> tuple[Any, dict[str, float]]:
+    """The loop of `mpjax.fit`, on a clock behind its first `filling` steps: the state after all of them, and ms a step."""
+    waited, before, start = 0.0, None, 0.0
+    with drawn(batches, range(filling + steps)) as feed:
+        for n in range(filling + steps):
+            if n == filling:
+                jax.block_until_ready((state, before))
+                waited, start = 0.0, time.perf_counter()
             asked = time.perf_counter()
             batch = next(feed)
             waited += time.perf_counter() - asked
@@ -122,8 +124,9 @@ def run(step: Any, state: Any, batches: Any, steps: int) -> tuple[Any, dict[str,
             if before is not None:
                 float(before)
             before = metrics["loss"]
-    jax.block_until_ready((state, before))
-    return state, {"step": 1e3 * (time.perf_counter() - start) / steps, "wait": 1e3 * waited / steps}
+        jax.block_until_ready((state, before))
+        took = time.perf_counter() - start
+    return state, {"step": 1e3 * took / steps, "wait": 1e3 * waited / steps}
 
 
 def spread(numbers: list[float]) -> str:
@@ -173,8 +176,9 @@ def main(config: Config) -> dict[str, Any]:
         for n in range(config.repeats + 1):
             for name in [*list(ways)[n % len(ways) :], *list(ways)[: n % len(ways)]]:
                 sent.clear()
-                state, found = run(step, state, ways[name], config.steps)
-                rounds[name] += [found | {"MiB": sum(sent) / config.steps / 2**20}] if n else []
+                filling = getattr(ways[name], "depth", 1)
+                state, found = run(step, state, ways[name], config.steps, filling)
+                rounds[name] += [found | {"MiB": sum(sent) / (filling + config.steps) / 2**20}] if n else []
     floor = statistics.median(found["step"] for found in rounds["floor"])
     rows = [
         {
