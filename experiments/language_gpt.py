@@ -12,7 +12,8 @@ Time       2 minutes on 2 CPU cores for the first three policies, to about 2.8 b
            training is less steady: another seed, or rounding alone, moved the result by a tenth of a bit.
 Run        mpjax train language_gpt, or python -m experiments.language_gpt --steps=100 --policy mixed_bfloat16
 Full size  PRESETS["h100"], of 26 million params; run for 500 and 1,000 of its 2,000 steps in
-           experiments/records/2026-11-24-three-experiments-h200 (what that record calls --remat=True is --remat=nothing).
+           experiments/records/2026-11-24-three-experiments-h200 (what that record calls --remat=True is --remat=nothing);
+           time and memory in five policies in experiments/records/2026-11-29-full-size-h200.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ Reads      digit error rate on the held-out speaker: edit distance of greedy dec
            of digits said; to say nothing has 1. (The sizes were chosen by looking at this speaker: compare policies.)
 Time       made for a few minutes a policy on 2 free CPU cores, which multiply no float16 and no float8.
 Run        mpjax train speech_ctc, or python -m experiments.speech_ctc --steps=200 --policy mixed_bfloat16
-Full size  PRESETS["h100"], whose dropout came after it was run without: it had learned its five speakers by heart
-           (experiments/records/2026-11-29-presets-h200).
+Full size  PRESETS["h100"]; digit error rate 0.13 in float32 and in bfloat16 (experiments/records/2026-11-29-full-size-h200),
+           and 0.19 without its dropout: it learns its five speakers by heart.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ Policies   float32; mixed_bfloat16; mixed_float16 with a dynamic loss scale; mix
 Reads      test accuracy, the loss curve's distance from float32, memory of the step, the share of each dtype in its products.
 Time       made for about 5 minutes on 2 free CPU cores. A CPU multiplies no float8 and no float16: their times say nothing.
 Run        mpjax train vision_vit, or python -m experiments.vision_vit --steps=100 --policy mixed_bfloat16
-Full size  PRESETS["h100"]: 85 epochs of 4.8 million params; 93.5 % in bfloat16, and 93.1 % in float32 before its last
-           seventh (experiments/records/2026-11-29-presets-h200).
+Full size  PRESETS["h100"]: 85 epochs of 4.8 million params; 93.3 % in float32 and 93.5 % in bfloat16
+           (experiments/records/2026-11-29-full-size-h200 and 2026-11-29-presets-h200).
 """
 
 from __future__ import annotations

@@ -6,8 +6,10 @@ import dataclasses
 import datetime
 import json
 import os
+import re
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from mpjax.measure.table import policy_table
 PROG = "python -m experiments.bench"
 
 VARIABLES = ("XLA_FLAGS", "CUDA_VISIBLE_DEVICES")
-"""Of the environment: kept in the record, with all that begin with JAX_, XLA_ or TORCH."""
+"""Of the environment: kept in the record, with all that begin with JAX_, XLA_, NCCL_ or TORCH."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +89,7 @@ def main(config: Config) -> int:
         "row": config.row, "work": dataclasses.asdict(work), "flops": flops.step_flops(work),
         "items": work.items, "unit": work.unit, "settings": dataclasses.asdict(config.settings),
         "date": datetime.datetime.now().isoformat(timespec="seconds"), "command": typed(PROG, sys.argv[1:]),
-        "variables": {name: value for name, value in os.environ.items() if told(name)},
+        "variables": told(os.environ),
         "described": {name: dataclasses.asdict(side) for name, side in ROWS[config.row].sides.items()},
         "products": {}, "sides": {}, "in_turn": {}, "imports": {},
     }  # fmt: skip
@@ -151,6 +153,11 @@ def run(args: list[str]) -> int:
         return 2
 
 
-def told(name: str) -> bool:
-    """Whether a variable of the environment is kept in a record."""
-    return name in VARIABLES or name.startswith(("JAX_", "XLA_", "TORCH"))
+def told(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables of the environment that a record keeps, without the folders of a machine.
+
+    >>> told({"XLA_FLAGS": "--xla_dump_to=/a/b --xla_x=1", "JAX_COMPILATION_CACHE_DIR": "/c", "HOME": "/d"})
+    {'XLA_FLAGS': '--xla_dump_to=FOLDER --xla_x=1', 'JAX_COMPILATION_CACHE_DIR': 'FOLDER'}
+    """
+    kept = (name for name in environ if name in VARIABLES or name.startswith(("JAX_", "XLA_", "NCCL_", "TORCH")))
+    return {name: re.sub(r"(^|[\s=])[~/]\S*", r"\1FOLDER", environ[name]) for name in kept}

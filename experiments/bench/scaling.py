@@ -169,7 +169,7 @@ def main(config: Config, command: str) -> int:
         "scaling": config.work, "work": dataclasses.asdict(work), "unit": work.unit, "tensor": config.tensor,
         "settings": dataclasses.asdict(settings), "compiler": compiler,
         "date": datetime.datetime.now().isoformat(timespec="seconds"), "command": command,
-        "variables": {name: value for name, value in os.environ.items() if told(name)},
+        "variables": told(os.environ),
         "environment": environment(), "cases": {}, "left_out": [],
     }  # fmt: skip
     maker, longest = Maker(work, settings, config.tensor), 0.0
