@@ -8,6 +8,7 @@ Scaling    weak: a device's rows are constant; strong: those of the whole batch.
            micro-batches of so many rows each.
 Reduced    bfloat16: gradients are summed over devices as GSPMD does, in the dtype of the product that makes them, once
            in every micro-batch; float32: `reduce_dtype="float32"`, once a step.
+XLA        its defaults; overlap: with two options that begin a collective as soon as it can and let many be under way.
 Against    one device: the same step without a mesh, of the same rows a device, timed first in the same process.
            Efficiency is the rate a device over that one's; the bounds are what the slowest and the fastest blocks give.
 Reads      rate a device; efficiency; memory a device, as planned and as the device counted; bytes of collectives by
@@ -48,7 +49,7 @@ from experiments.bench import collectives, goals, overlap, scaling_table
 from experiments.bench.command import Tables, told, typed
 from experiments.bench.rows import GPT, TINY, WORKS, Settings
 from experiments.bench.side_jax import Ready, environment, planned
-from experiments.bench.spread import Case, Maker, Reduced, Scaling, Way, cases, check
+from experiments.bench.spread import OVERLAP, Case, Maker, Reduced, Scaling, Way, Xla, cases, check
 from experiments.bench.timing import block_ms, clocked
 from mpjax.measure.table import policy_table
 
@@ -75,6 +76,8 @@ class Config:
     """Devices over which fsdp+tensor cuts a kernel's columns."""
     batch: int | None = None
     """Rows of a micro-batch on one device; by default the work's own."""
+    xla: tuple[Xla, ...] = ("defaults",)
+    """Its defaults, or with the options that let collectives overlap (`spread.OVERLAP`)."""
     compiler: tuple[str, ...] = ()
     """Options of XLA for the step alone, as NAME=VALUE, named as in `XLA_FLAGS`."""
     out: str | None = None
@@ -128,7 +131,7 @@ def measure(maker: Maker, case: Case, settings: Settings, compiler: Mapping[str,
     """All that is known of one case; its state is gone when this returns."""
     before = peaks(case)
     program, built = clocked(lambda: jax.block_until_ready(maker.program(case)))
-    ready = OnMany(program, compiler)
+    ready = OnMany(program, {**compiler, **(OVERLAP if case.xla == "overlap" else {})})
     compiled = peaks(case)  # the compiler tries kernels out, which takes memory, too
     losses = ready.losses(settings.losses)
     steps = max(1, settings.steps // case.accumulate)
@@ -157,7 +160,7 @@ def main(config: Config, command: str) -> int:
     began = time.monotonic()
     settings, work = config.settings, work_of(config.work, config.settings.tiny, config.batch)
     work = dataclasses.replace(work, fused_qkv=settings.fused_qkv)
-    todo = list(cases(config.ways, config.devices, config.scaling, config.reduce_dtype, config.accumulate))
+    todo = list(cases(config.ways, config.devices, config.scaling, config.reduce_dtype, config.accumulate, config.xla))
     for case in todo:
         check(case, work, config.tensor)
     if not todo:
@@ -167,7 +170,7 @@ def main(config: Config, command: str) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {
         "scaling": config.work, "work": dataclasses.asdict(work), "unit": work.unit, "tensor": config.tensor,
-        "settings": dataclasses.asdict(settings), "compiler": compiler,
+        "settings": dataclasses.asdict(settings), "compiler": compiler, "overlap": OVERLAP,
         "date": datetime.datetime.now().isoformat(timespec="seconds"), "command": command,
         "variables": told(os.environ),
         "environment": environment(), "cases": {}, "left_out": [],

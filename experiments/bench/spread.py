@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
@@ -23,6 +24,14 @@ from mpjax.train.specs import Rules
 Way = Literal["data", "fsdp", "fsdp+tensor"]
 Scaling = Literal["weak", "strong"]
 Reduced = Literal["bfloat16", "float32"]
+Xla = Literal["defaults", "overlap"]
+
+OVERLAP: dict[str, str | bool] = {
+    "xla_gpu_experimental_parallel_collective_overlap_limit": "100",
+    "xla_gpu_experimental_collective_start_as_early_as_possible": True,
+}
+"""Many collectives may be under way at a time, each from when its operand is there. By default XLA begins one when the one
+before has ended, which puts those of the whole backward pass behind it, with one product to hide each."""
 
 SIDE: Side = ROWS["gpt-1.3b"].sides["bf16"]
 """The tuned side of the bench: chunked loss, the GELU computed again, `skip="gradients"`."""
@@ -40,6 +49,7 @@ class Case:
       reduce: in which dtype gradients are summed over devices. bfloat16: as GSPMD does, in that of the product that makes
         them; float32: `reduce_dtype="float32"`.
       accumulate: micro-batches a step, each of as many rows as a step has without.
+      xla: its defaults, or with `OVERLAP`.
     """
 
     way: Way
@@ -47,6 +57,7 @@ class Case:
     scaling: Scaling
     reduce: Reduced
     accumulate: int
+    xla: Xla = "defaults"
 
     @property
     def name(self) -> str:
@@ -54,7 +65,8 @@ class Case:
         micro = f", accumulate {self.accumulate}" if self.accumulate > 1 else ""
         if self.devices == 1:
             return f"one device{micro}"
-        return f"{self.way}, {self.devices} devices, {self.scaling}, {self.reduce}{micro}"
+        options = "" if self.xla == "defaults" else f", {self.xla}"
+        return f"{self.way}, {self.devices} devices, {self.scaling}, {self.reduce}{micro}{options}"
 
     @property
     def alone(self) -> Case:
@@ -72,6 +84,7 @@ def cases(
     scaling: Iterable[Scaling],
     reduce: Iterable[Reduced],
     accumulate: Iterable[int],
+    xla: Iterable[Xla] = ("defaults",),
 ) -> Iterator[Case]:
     """Every combination, the first value of each setting first; one device and the most devices before those between."""
     counts = sorted(set(devices))
@@ -81,11 +94,10 @@ def cases(
             yield Case("data", 1, "weak", "bfloat16", accumulated)
         for scaled in scaling:
             for reduced in reduce:
-                for some in ends:
-                    for way in ways:
-                        for count in some:
-                            if count > 1:
-                                yield Case(way, count, scaled, reduced, accumulated)
+                for options, some, way in itertools.product(xla, ends, ways):
+                    for count in some:
+                        if count > 1:
+                            yield Case(way, count, scaled, reduced, accumulated, options)
 
 
 def check(case: Case, work: GPT, tensor: int) -> None:

@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import mpjax
-from experiments.bench import collectives, flops, goals, gpt, overlap, rows, scaling, scaling_table
+from experiments.bench import collectives, flops, goals, gpt, overlap, rows, scaling, scaling_table, spread
 from experiments.bench.rows import TINY, Settings
 from experiments.bench.spread import Case, Maker, cases
 from mpjax.core.tree import path_of
@@ -121,6 +121,10 @@ def test_one_device_and_the_most_come_first_then_the_first_value_of_each_setting
         [("data", 8), ("fsdp", 8), ("data", 4), ("data", 2), ("fsdp", 4), ("fsdp", 2)]
     ] + ["data, 8 devices, strong, bfloat16"]  # fmt: skip
     assert names[13] == "one device, accumulate 8" == order[-1].alone.name and len(order) == 26
+    both = list(cases(["data", "fsdp"], [1, 2], ["weak"], ["bfloat16"], [1], ["defaults", "overlap"]))
+    plain = ["data, 2 devices, weak, bfloat16", "fsdp, 2 devices, weak, bfloat16"]
+    assert [case.name for case in both] == ["one device", *plain, *(f"{name}, overlap" for name in plain)]
+    assert both[-1].alone == both[0]
     weak, strong = (Case("data", 4, scaling, "bfloat16", 8) for scaling in ("weak", "strong"))
     assert (weak.rows(SMALL), strong.rows(SMALL), weak.alone.rows(SMALL)) == (8 * 4 * 2, 8 * 2, 8 * 2)
 
@@ -147,6 +151,21 @@ def test_xlas_options_are_numbers_texts_and_truths():
     """XLA takes no text for a bool."""
     given = ("a=true", "b=False", "c=33554432", "d=FUSION,CUBLAS", "e=x=y")
     assert scaling.options(given) == {"a": True, "b": False, "c": "33554432", "d": "FUSION,CUBLAS", "e": "x=y"}
+
+
+@pytest.mark.parametrize(("xla", "more"), [("defaults", {}), ("overlap", spread.OVERLAP)])
+def test_xlas_options_reach_the_compiler(xla, more, monkeypatch):
+    given = []
+
+    def caught(program, compiler):
+        given.append(compiler)
+        raise MemoryError("enough")
+
+    monkeypatch.setattr(scaling, "OnMany", caught)
+    maker = Maker(dataclasses.replace(SMALL, batch=2), Settings(tiny=True))
+    with pytest.raises(MemoryError, match="enough"):
+        scaling.measure(maker, Case("data", 1, "weak", "bfloat16", 1, xla), Settings(tiny=True), {"xla_gpu_x": True})
+    assert given == [{"xla_gpu_x": True, **more}] and len(spread.OVERLAP) == 2
 
 
 def test_efficiency_by_hand_and_the_goals():
