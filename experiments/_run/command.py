@@ -23,6 +23,10 @@ Rules: TypeAlias = Annotated[
 """The type of a config's `rules`, a policy map: `--rules head compute=float32 --rules '**/attention' compute=float16`."""
 
 
+LEAST = {"steps": 1, "batch_size": 1, "accumulate": 1, "seed": 0}
+"""Of settings that many experiments have, the least that makes sense."""
+
+
 class Refused(ValueError):
     """Settings that make no sense; told on stderr without a traceback."""
 
@@ -34,7 +38,7 @@ def parse(config: type[C], note: str | None, args: list[str] | None = None, prog
     given changes them.
 
     Raises:
-      Refused: a preset that it has not.
+      Refused: a preset that it has not, or a number of steps, rows or micro-batches below one, or a negative seed.
     """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("mpjax").setLevel(logging.INFO)  # of the libraries only warnings: Orbax tells thirty lines a save
@@ -42,9 +46,14 @@ def parse(config: type[C], note: str | None, args: list[str] | None = None, prog
     default, given = preset(config, given)
     if presets := _presets(config):
         note = f"{note or ''}\n{_told(presets)}"
-    return tyro.cli(
+    found = tyro.cli(
         config, description=note, args=given, default=default, prog=prog, config=(tyro.conf.FlagConversionOff,)
     )  # fmt: skip
+    for name, least in LEAST.items():
+        value = getattr(found, name, least)
+        if isinstance(value, int) and value < least:
+            raise Refused(f"got --{name.replace('_', '-')}={value}; legal is {least} or more")
+    return found
 
 
 def preset(config: type[C], args: Sequence[str]) -> tuple[C, list[str]]:

@@ -103,9 +103,12 @@ def test_a_map_of_rules_trains_as_one_more_policy(experiment, tmp_path, monkeypa
         (["--policies"], "legal is at least one, and each once"),
         (["--policies", "f32", "f32"], "legal is at least one, and each once"),
         (["--rules", "head", "f32", "--rules", "head", "f16"], "legal is at least one, and each once"),
+        (["--steps=0"], "got --steps=0; legal is 1 or more"),
+        (["--batch-size=0"], "got --batch-size=0; legal is 1 or more"),
+        (["--seed=-1"], "got --seed=-1; legal is 0 or more"),
     ],
 )
-def test_a_policy_that_makes_no_sense_ends_with_2_and_no_traceback(args, said, tmp_path, capsys):
+def test_a_setting_that_makes_no_sense_ends_with_2_and_no_traceback(args, said, tmp_path, capsys):
     args = [*args, f"--workdir={tmp_path}"]
     assert _run.start(vision_digits.Config, vision_digits.main, None, args, prog="vision_digits") == 2
     shown = capsys.readouterr().err
