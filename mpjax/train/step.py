@@ -286,8 +286,8 @@ def _metrics(before: TrainState, after: TrainState, found: Gathered, norm: jax.A
         "skipped": after.skipped,
         "skipped_in_a_row": after.skipped_in_a_row,
     }
-    found_rates = optax.tree.get_all_with_path(after.opt_state, "learning_rate")
-    rates = [x for _, x in found_rates if hasattr(x, "dtype")]  # beside it stands the state of its schedule
+    told = optax.tree.get_all_with_path(after.opt_state, "learning_rate")  # also the moments of a param of that name
+    rates = [x for keys, x in told if len(keys) > 1 and getattr(keys[-2], "name", None) == "hyperparams"]
     if len(rates) == 1:  # more than one: groups of params with rates of their own
         metrics["learning_rate"] = jnp.asarray(rates[0], jnp.float32)
     if SINKS in before.mstate:

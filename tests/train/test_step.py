@@ -280,6 +280,18 @@ def test_two_rates_are_not_reported_as_one():
     assert "learning_rate" not in metrics and int(after.step) == 1
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "told"),
+    [(optax.sgd(0.5, momentum=0.9), None), (optax.inject_hyperparams(optax.sgd)(0.5, momentum=0.9), 0.5)],
+)
+def test_a_param_named_learning_rate_is_none(optimizer, told):
+    """Its moment has the name, too."""
+    model = mpjax.Model(lambda key: ({"learning_rate": jnp.ones(())}, {}), print)
+    state = TrainState.create(model, optimizer, jax.random.key(0))
+    step = make_train_step(lambda params, mstate, batch, rng: params["learning_rate"] * batch.mean(), optimizer)
+    assert step(state, jnp.ones(4))[1].get("learning_rate") == told
+
+
 def test_metrics_stay_readable_after_their_state_was_donated():
     optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=0.5)
     state, step = created(optimizer, loss_scale=dynamic()), make_train_step(mean_loss, optimizer)
