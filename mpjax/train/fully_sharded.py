@@ -30,8 +30,11 @@ def over_gathered_params(loss_fn: Callable, placed: Sequence[Any], axis: Axis) -
       axis: of the batch.
     """
 
+    if not any(any(along(cut, axis)) for cut in placed):
+        return loss_fn
+
     def gathered(x: jax.Array, cut: Any, used: np.dtype) -> jax.Array:
-        if not isinstance(cut, NamedSharding) or not any(along(cut, axis)):
+        if not any(along(cut, axis)):
             return x
         others = PartitionSpec(*(_entry(entry, axis, False) for entry in cut.spec))
         return _as_used(x, NamedSharding(cut.mesh, others), cut, used)

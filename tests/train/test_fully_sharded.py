@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 import mpjax
 from mpjax.core.tree import path_of
-from mpjax.train.fully_sharded import dtypes_used
+from mpjax.train.fully_sharded import dtypes_used, over_gathered_params
 
 KEY = jax.random.key(0)
 
@@ -135,3 +136,13 @@ def narrowed(w, _=None):
 )
 def test_uses_beyond_a_models(loss_fn, dtype):
     assert dtypes_used(loss_fn, {"w": jnp.ones(4)}) == [np.dtype(dtype)]
+
+
+def test_a_loss_whose_params_are_whole_along_the_batchs_axis_is_left_alone():
+    mesh = jax.sharding.AbstractMesh((1, 1), ("data", "model"))
+
+    def loss_fn(params):
+        return params["w"].sum()
+
+    for spec, same in ((P(), True), (P("model"), True), (P("data"), False), (P(None, ("model", "data")), False)):
+        assert (over_gathered_params(loss_fn, [NamedSharding(mesh, spec)], "data") is loss_fn) is same
