@@ -356,6 +356,36 @@ def test_cast_params_go_through_a_scan():
     assert (output(model, cast, mstate, TOKENS) == output(model, params, mstate, TOKENS)).all()
 
 
+class TreeOfParams(nn.Module):
+    """One param is a tree, beside a layer that reads its own and a norm that is an island."""
+
+    @nn.compact
+    def __call__(self, x_BxD):
+        affine = self.param(
+            "affine", lambda key: {"w": jax.random.normal(key, (4, 4)), "b": {"deep": jnp.full(4, 1 / 3)}}
+        )
+        y_BxD = x_BxD @ affine["w"] + affine["b"]["deep"][None]
+        return nn.Dense(4, name="dense")(nn.LayerNorm(name="norm")(y_BxD))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_param_that_is_a_tree_is_cast_where_it_is_read(remat):
+    """Beside it the norm, whose name in the scope is a tree, too, still reads float32."""
+    x_BxD = jnp.ones((2, 4))
+    model, params, mstate = made((nn.remat(TreeOfParams) if remat else TreeOfParams)(), "mixed_bfloat16", x_BxD)
+    assert {x.dtype.name for x in jax.tree.leaves(params)} == {"float32"}
+    found = audit(lambda p: model.apply(p, mstate, x_BxD)[0], params)
+    assert found.share("bfloat16") == 1 and set(found.dtypes("rsqrt")) == {"float32"}
+    scale = jnp.float32(1 + 2**-12)  # which bfloat16 does not hold
+    scaled = params | {"norm": {"scale": jnp.full(4, scale), "bias": jnp.zeros(4)}}
+    rules = dict.fromkeys(("norm", "dense"), "compute=float32,output=float32")
+    widen = mpjax.wrap(TreeOfParams(), mpjax.PolicyMap(rules, default="params=float32,compute=bfloat16,output=float32"))
+    y, one = (widen.apply(p, mstate, jnp.arange(8.0).reshape(2, 4))[0] for p in (scaled, params))
+    assert not np.array_equal(y, one)
+    gradient = jax.grad(lambda p: model.apply(p, mstate, x_BxD)[0].astype(jnp.float32).sum())(params)
+    assert {x.dtype.name for x in jax.tree.leaves(gradient)} == {"float32"}
+
+
 def test_what_cannot_be_wrapped_is_refused():
     with pytest.raises(TypeError, match=r"wrap takes a flax.linen Module instance \(nn.Dense\(8\), not nn.Dense\)"):
         mpjax.wrap(nn.Dense, "mixed_bfloat16")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,22 +32,32 @@ def dressed(module: nn.Module, reads_params_in: np.dtype | None, **fields: Any) 
     This is the one place that writes to a user's module; all of it is put back. Params are cast here, where they are
     read, because `nn.remat` then keeps the float32 originals for the backward pass and no half-precision copy (cast at
     the top of apply, residuals were 1.62 times as large). Flax has no public way to swap what a scope holds
-    (`Scope._variables`), and no interceptor for `self.param`.
+    (`Scope._variables`), and no interceptor for `self.param`. One param may be a tree; in what the scope holds it looks
+    like the params of a submodule, which reads its own, so that a tree is cast when it is asked for.
     """
     before = {name: getattr(module, name) for name in fields}
     scope: Any = module.scope
-    store, own = scope._variables, scope._collection("params")
+    store, own, outer = scope._variables, scope._collection("params"), vars(scope).get("param")
     vars(module).update(fields)
     if reads_params_in is not None:
         store["params"] = {
             name: value if hasattr(value, "keys") else cast_floating(value, reads_params_in)
             for name, value in own.items()
         }
+        scope.param = functools.partial(_read_tree, scope.param, reads_params_in)
     try:
         yield
     finally:
         vars(module).update(before)
         store["params"] = own
+        vars(scope).pop("param", None)
+        if outer is not None:
+            scope.param = outer
+
+
+def _read_tree(read: Callable[..., Any], dtype: np.dtype, *args: Any, **kwargs: Any) -> Any:
+    value = read(*args, **kwargs)
+    return cast_floating(value, dtype) if hasattr(value, "keys") else value
 
 
 def fields_for(module: nn.Module, compute: np.dtype, dot: str | None = None) -> dict[str, Any]:
