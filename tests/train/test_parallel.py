@@ -231,6 +231,23 @@ def test_params_cut_over_one_of_the_batchs_two_axes(trainable):
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("trainable", [None, "w"])
+@pytest.mark.parametrize("rules", [None, mpjax.fsdp(min_size=1)])
+def test_a_none_among_the_params_is_neither_trained_nor_frozen(rules, trainable):
+    model = mpjax.Model(lambda key: ({"bias": None, "other": jnp.ones(8), "w": jnp.ones(8)}, {}), print)
+    state = mpjax.shard_state(TrainState.create(model, SGD, KEY, trainable=trainable), MESH, rules)
+    step = make_train_step(
+        lambda params, mstate, batch, rng: (params["w"] * params["other"] * batch.mean(0)).sum(),
+        SGD, mesh=MESH, reduce_dtype="float32",
+    )  # fmt: skip
+    after, _ = step(state, mpjax.shard_batch(np.arange(64, dtype=np.float32).reshape(8, 8), MESH))
+    moved = 1 - np.float32(0.1) * np.arange(28, 36, dtype=np.float32)  # the mean of eight rows, exact in float32
+    assert after.params["bias"] is None
+    np.testing.assert_allclose(after.params["w"], moved, rtol=1e-6)
+    np.testing.assert_allclose(after.params["other"], moved if trainable is None else np.ones(8), rtol=1e-6)
+
+
+@pytest.mark.usefixtures("quick")
 def test_one_device_along_the_batchs_axis_has_nothing_to_sum():
     """XLA refused the sum over one device where the other axis has eight: a RET_CHECK of its partitioner."""
     mesh = jax.make_mesh((1, 8), ("data", "model"))
