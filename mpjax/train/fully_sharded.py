@@ -30,21 +30,22 @@ def over_gathered_params(loss_fn: Callable, placed: Sequence[Any], axis: Axis) -
       axis: of the batch.
     """
 
-    if not any(any(along(cut, axis)) for cut in placed):
+    cut_here = [any(along(cut, axis)) for cut in placed]
+    if not any(cut_here):
         return loss_fn
 
-    def gathered(x: jax.Array, cut: Any, used: np.dtype) -> jax.Array:
-        if not any(along(cut, axis)):
+    def gathered(x: jax.Array, cut: Any, here: bool, used: np.dtype) -> jax.Array:
+        if not here:
             return x
         others = PartitionSpec(*(_entry(entry, axis, False) for entry in cut.spec))
         return _as_used(x, NamedSharding(cut.mesh, others), cut, used)
 
     def over(params: Params, *rest: Any) -> Any:
-        traced, result = jax.make_jaxpr(loss_fn, return_shape=True)(params, *rest)
-        leaves = jax.tree.leaves(params)
-        whole = map(gathered, leaves, placed, _casts(traced.jaxpr, len(leaves)))
-        found = jex.jaxpr_as_fun(traced)(*whole, *jax.tree.leaves(rest))
-        return jax.tree.unflatten(jax.tree.structure(result), found)
+        leaves: list[jax.Array] = jax.tree.leaves(params)
+        structure: Any = jax.tree.structure(params)
+        whole = map(gathered, leaves, placed, cut_here, dtypes_used(loss_fn, params, *rest))
+        # Not by its jaxpr, which is at hand: the rules of a custom derivative may hold tracers of the trace that made it.
+        return loss_fn(structure.unflatten(whole), *rest)
 
     return over
 
@@ -73,19 +74,21 @@ def dtypes_used(loss_fn: Callable, params: Params, *rest: Any) -> list[np.dtype]
     >>> dtypes_used(lambda p: (p["kernel"].astype("bfloat16") @ p["scale"].astype("bfloat16") * p["scale"]).sum(), params)
     [dtype(bfloat16), dtype('float32')]
     """
-    return _casts(jax.make_jaxpr(loss_fn)(params, *rest).jaxpr, len(jax.tree.leaves(params)))
 
+    def arrays(*given: Any) -> list[jax.Array]:  # of what else it returns, the step says what is legal
+        return [x for x in jax.tree.leaves(loss_fn(*given)) if isinstance(x, jax.Array)]
 
-def _casts(jaxpr: Any, count: int) -> list[np.dtype]:
-    params = jaxpr.invars[:count]
-    uses: list[set[np.dtype]] = [set() for _ in params]  # a use that is no cast is one in the param's own dtype
-    _note(jaxpr, dict(zip(params, range(count), strict=True)), uses)
+    count = len(jax.tree.leaves(params))
+    jaxpr = jax.make_jaxpr(arrays)(params, *rest).jaxpr
+    leaves = jaxpr.invars[:count]
+    uses: list[set[np.dtype]] = [set() for _ in leaves]  # a use that is no cast is one in the param's own dtype
+    _note(jaxpr, dict(zip(leaves, range(count), strict=True)), uses)
 
     def used(own: np.dtype, found: set[np.dtype]) -> np.dtype:
         half = [dtype for dtype in found if dtype in HALF and wide(dtype) == own]
         return half[0] if len(found) == len(half) == 1 else own
 
-    return [used(v.aval.dtype, found) for v, found in zip(params, uses, strict=True)]
+    return [used(v.aval.dtype, found) for v, found in zip(leaves, uses, strict=True)]
 
 
 HALF = (jnp.dtype("bfloat16"), jnp.dtype("float16"))
@@ -129,7 +132,9 @@ def _entry(entry: Any, axis: Axis, inside: bool) -> tuple[str, ...] | None:
 
 
 def made_whole(x: jax.Array, cut: Sequence[tuple[str, ...]], used: np.dtype) -> jax.Array:
-    """Inside `shard_map`: a param of which each device has a part, gathered in the dtype in which it is used."""
+    """Inside `shard_map`: a param, gathered in the dtype in which it is used if each device has a part."""
+    if not any(cut):
+        return x
     whole = x.astype(used)
     for dimension, names in enumerate(cut):
         if names:

@@ -52,9 +52,11 @@ def gather_apart(
         rng = jax.random.fold_in(rng, 0)
         return gather(loss_fn, trained, frozen, mstate, batch, rng, loss_scale, accumulate)
 
-    leaves: list[jax.Array] = jax.tree.leaves(merge_trainable(trained, frozen))
-    structure: Any = jax.tree.structure(merge_trainable(trained, frozen))
-    mask = tuple(x is not None for x in jax.tree.leaves(trained, is_leaf=lambda x: x is None))
+    params = merge_trainable(trained, frozen)
+    leaves: list[jax.Array] = jax.tree.leaves(params)
+    structure: Any = jax.tree.structure(params)
+    # A None among the params themselves is no leaf, and neither trained nor frozen.
+    mask = tuple(jax.tree.leaves(jax.tree.map(lambda _, x: x is not None, params, trained)))
     cuts = [along(place, axis) for place in placed] or [[] for _ in leaves]
     specs = [PartitionSpec(*(entry or None for entry in cut)) for cut in cuts]
     whole, rows = PartitionSpec(), PartitionSpec(axis)

@@ -132,6 +132,8 @@ def narrowed(w, _=None):
         (lambda p: p["w"].astype("int8").sum(), "float32"),
         (lambda p: p["w"].astype("float8_e4m3fn").astype("float32").sum(), "float32"),  # not each backend can send it
         (lambda p: jnp.float32(0), "float32"),
+        (lambda p: (narrowed(p["w"])[0].sum(), "a text", 1), "bfloat16"),
+        (lambda p: (narrowed(p["w"])[0].sum(), p["w"]), "float32"),
     ],
 )
 def test_uses_beyond_a_models(loss_fn, dtype):

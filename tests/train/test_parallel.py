@@ -231,6 +231,43 @@ def test_params_cut_over_one_of_the_batchs_two_axes(trainable):
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("name", ["data", "fsdp"])
+def test_a_derivative_written_by_hand_may_use_the_batch_that_stands_around_it(name):
+    """Its rules are called after the trace of the loss, where a tracer of that trace would be dead."""
+
+    def loss_fn(params, mstate, batch, rng):
+        @jax.custom_vjp
+        def masked(y):
+            return y * batch["mask"][:, None]
+
+        masked.defvjp(lambda y: (masked(y), None), lambda _, g: (g * batch["mask"][:, None],))
+        return jnp.square(masked(batch["x"] @ params["up"]["kernel"])).mean()
+
+    placed = PLACEMENTS[name]
+    state = mpjax.shard_state(created(RECORDED), placed.mesh, placed.rules)
+    many, _ = make_train_step(loss_fn, RECORDED)(state, mpjax.shard_batch(batch_of(), placed.mesh))
+    one, _ = make_train_step(loss_fn, RECORDED, donate=False)(created(RECORDED), batch_of())
+    assert apart(*(jax.device_get((x.params["up"], x.opt_state[0].grads["up"]["kernel"])) for x in (many, one))) <= 2e-6
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("trainable", [None, "w"])
+@pytest.mark.parametrize("rules", [None, mpjax.fsdp(min_size=1)])
+def test_a_none_among_the_params_is_neither_trained_nor_frozen(rules, trainable):
+    model = mpjax.Model(lambda key: ({"bias": None, "other": jnp.ones(8), "w": jnp.ones(8)}, {}), print)
+    state = mpjax.shard_state(TrainState.create(model, SGD, KEY, trainable=trainable), MESH, rules)
+    step = make_train_step(
+        lambda params, mstate, batch, rng: (params["w"] * params["other"] * batch.mean(0)).sum(),
+        SGD, mesh=MESH, reduce_dtype="float32",
+    )  # fmt: skip
+    after, _ = step(state, mpjax.shard_batch(np.arange(64, dtype=np.float32).reshape(8, 8), MESH))
+    moved = 1 - np.float32(0.1) * np.arange(28, 36, dtype=np.float32)  # the mean of eight rows, exact in float32
+    assert after.params["bias"] is None
+    np.testing.assert_allclose(after.params["w"], moved, rtol=1e-6)
+    np.testing.assert_allclose(after.params["other"], moved if trainable is None else np.ones(8), rtol=1e-6)
+
+
+@pytest.mark.usefixtures("quick")
 def test_one_device_along_the_batchs_axis_has_nothing_to_sum():
     """XLA refused the sum over one device where the other axis has eight: a RET_CHECK of its partitioner."""
     mesh = jax.make_mesh((1, 8), ("data", "model"))
@@ -397,3 +434,16 @@ def test_settings_that_make_no_sense_are_refused():
     state, step = tiny(weighted)
     with pytest.raises(ValueError, match="has 12 rows, which the 8 devices of mesh axis 'data' cannot share evenly"):
         step(state, {"x": np.ones(12), "weight": np.ones(12)})
+
+
+@pytest.mark.parametrize("reduce_dtype", [None, "float32"])
+def test_what_a_loss_returns_is_refused_in_the_words_of_one_device(reduce_dtype):
+    state = mpjax.shard_state(created(), MESH, PLACEMENTS["fsdp"].rules)
+    batch = mpjax.shard_batch(batch_of(), MESH)
+    for metrics in ({"name": "a text"}, {"name": {"more": 1.0}}):
+        step = make_train_step(
+            lambda params, mstate, batch, rng, metrics=metrics: (params["up"]["kernel"].sum(), Aux(mstate, metrics)),
+            SGD, mesh=MESH, reduce_dtype=reduce_dtype,
+        )  # fmt: skip
+        with pytest.raises(ValueError, match=f"returned the metrics {metrics}; legal is a dict from name to number"):
+            step.lower(state, batch)
