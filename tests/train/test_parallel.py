@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
 import mpjax
 from mpjax.train.parallel import _agreed
@@ -265,6 +266,38 @@ def test_a_none_among_the_params_is_neither_trained_nor_frozen(rules, trainable)
     assert after.params["bias"] is None
     np.testing.assert_allclose(after.params["w"], moved, rtol=1e-6)
     np.testing.assert_allclose(after.params["other"], moved if trainable is None else np.ones(8), rtol=1e-6)
+
+
+class Boxed(nn.Module):
+    """Its kernel lies where its box says."""
+
+    names: tuple
+
+    @nn.compact
+    def __call__(self, x_BxD):
+        init = nn.with_partitioning(nn.initializers.lecun_normal(), self.names)
+        return nn.Dense(16, kernel_init=init, name="up")(x_BxD)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("names", [(None, "data"), ("data", "model"), (None, ("model", "data")), (None, "model")])
+def test_reduced_apart_boxes_that_name_the_batchs_axis_are_opened(names):
+    """Flax asks for the placement of a box where it opens it, which is inside of what each device does alone."""
+    model, mesh = mpjax.wrap(Boxed(names), "float32"), PLACEMENTS["tensor"].mesh
+
+    def loss_fn(params, mstate, batch, rng):
+        return jnp.square(model.apply(params, mstate, batch)[0]).mean()
+
+    batch = batch_of()["y"]
+    found = []
+    for reduce_dtype in (None, "float32"):
+        state = mpjax.shard_state(TrainState.create(model, SGD, KEY, batch), mesh)
+        before = placements_of(state)
+        step = make_train_step(loss_fn, SGD, mesh=mesh, reduce_dtype=reduce_dtype)
+        state, metrics = step(state, mpjax.shard_batch(batch, mesh))
+        assert placements_of(state) == before and isinstance(state.params["up"]["kernel"], nn.Partitioned)
+        found.append(jax.device_get((metrics, state.params)))
+    assert apart(found[1], found[0]) <= 2e-6
 
 
 @pytest.mark.usefixtures("quick")
