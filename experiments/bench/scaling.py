@@ -19,8 +19,8 @@ Method     one process, one case at a time, its state freed before the next; wha
            device and the most devices come first, and within them the first value of each setting.
 Memory     a device tells the most since the process began: it is shown for a case that rose above all before it. So
            give `--ways fsdp data`, or a run of its own, where fsdp's own peak is wanted.
-Time       each case compiles a step: a quarter of a minute with --tiny on 2 CPU cores; on two H200s half a minute a case at 1.3B,
-           and three quarters of one, once, for what makes the state.
+Time       each case compiles a step: a quarter of a minute with --tiny on 2 CPU cores; on two H200s 42 s a case at 1.3B, and a
+           minute more for the first, which makes the state.
 Run        python -m experiments.bench.scaling gpt-1.3b --devices 1 8 --ways data fsdp --out FOLDER --stop-after 500
            python -m experiments.bench.scaling table FOLDER...      the tables of runs, in Markdown
            python -m experiments.bench.scaling checks --devices 8   what must hold on several devices (`goals.py`)

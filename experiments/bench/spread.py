@@ -31,7 +31,7 @@ OVERLAP: dict[str, str | bool] = {
     "xla_gpu_experimental_collective_start_as_early_as_possible": True,
 }
 """Many collectives may be under way at a time, each from when its operand is there. By default XLA begins one when the one
-before has ended, which puts those of the whole backward pass behind it, with one product to hide each."""
+before has ended, and puts most of the backward pass before the first (experiments/records/2026-11-29-scaling-h200)."""
 
 SIDE: Side = ROWS["gpt-1.3b"].sides["bf16"]
 """The tuned side of the bench: chunked loss, the GELU computed again, `skip="gradients"`."""
@@ -151,8 +151,8 @@ def rules_of(way: Way, least: int) -> Rules:
 
 
 class Maker:
-    """Makes the programs of cases. A state is made once, on one device, and kept on the host: what makes it compiles for
-    three quarters of a minute on a GPU, and cases differ in where it lies."""
+    """Makes the programs of cases. A state is made once, on one device, and kept on the host: cases differ in where it
+    lies, and what makes it where it is to lie compiled for three quarters of a minute each time."""
 
     def __init__(self, work: GPT, settings: Settings, tensor: int = 2, policy: str = BF16,
                  optimizer: optax.GradientTransformation | None = None):  # fmt: skip
