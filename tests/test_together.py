@@ -230,9 +230,10 @@ def test_one_is_killed_between_two_steps_and_the_other_ends_with_an_error(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("scenario", "victim"), [("writing", 1), ("sealing", 0)])
+@pytest.mark.parametrize(("scenario", "victim"), [("writing", 1), ("sealing", 0), ("sealing_beside", 0)])
 def test_one_is_killed_while_they_save_and_the_other_ends_with_an_error(scenario, victim, tmp_path, quick_environment):
-    """Before its part of the arrays is written, and before all is sealed: the step is none, the one before it is whole."""
+    """Before its part of the arrays is written, and before all is sealed, also while both train on: the step is none, the
+    one before it is whole."""
     with pair(scenario, tmp_path / "run", quick_environment) as runs:
         state = hears(runs[victim])
         assert hears(runs[victim]) == "now"

@@ -105,8 +105,11 @@ class Pair:
         own = jax.tree.map(lambda x: x[self.me * half :][:half], batch(attempt))
         return mpjax.shard_batch(own, self.mesh, process_local=True)
 
-    def train(self, name: str, attempts: int, batches: Any = None, *hooks: mpjax.Hook) -> mpjax.FitResult:
-        saver = mpjax.CheckpointHook(mpjax.Checkpointer(self.folder / name, every=2, timeout=60), policy=POLICY)
+    def train(
+        self, name: str, attempts: int, batches: Any = None, *hooks: mpjax.Hook, beside: bool = False
+    ) -> mpjax.FitResult:
+        checkpointer = mpjax.Checkpointer(self.folder / name, every=2, timeout=60, asynchronous=beside)
+        saver = mpjax.CheckpointHook(checkpointer, policy=POLICY)
         earlier = saver.resume(self.like())
         hooks = (JsonlWriter(self.folder / f"{name}.jsonl"), saver, *hooks)
         feed = mpjax.prefetch(batches or self.rows, place=lambda batch: batch)
@@ -243,7 +246,12 @@ def writing(pair: Pair) -> None:
     pair.train("killed", 10**6, None, Telling(stops=False))
 
 
-def sealing(pair: Pair) -> None:
+def sealing_beside(pair: Pair) -> None:
+    """The same in a thread, while both go on training."""
+    sealing(pair, beside=True)
+
+
+def sealing(pair: Pair, beside: bool = False) -> None:
     """Of step 4 everything is written but the manifest, when process 0 is killed."""
     seal = saving.seal
 
@@ -253,7 +261,7 @@ def sealing(pair: Pair) -> None:
         seal(folder)
 
     saving.seal = slow
-    pair.train("killed", 10**6, None, Telling(stops=False))
+    pair.train("killed", 10**6, None, Telling(stops=False), beside=beside)
 
 
 if __name__ == "__main__":
