@@ -168,6 +168,14 @@ def test_xlas_options_reach_the_compiler(xla, more, monkeypatch):
     assert given == [{"xla_gpu_x": True, **more}] and len(spread.OVERLAP) == 2
 
 
+def test_this_jaxlib_knows_the_options():
+    """XLA refuses a name that it does not know."""
+    lowered = jax.jit(lambda x: x + 1).lower(1.0)
+    assert lowered.compile(dict(spread.OVERLAP))(1.0) == 2
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_no_such_option"):
+        lowered.compile({"xla_gpu_no_such_option": True})
+
+
 def test_efficiency_by_hand_and_the_goals():
     data, fsdp = (Case(way, 8, "weak", "bfloat16", 1) for way in ("data", "fsdp"))
     told = run_of(fake([10.0, 8.0, 12.0]), fake([16.0, 12.5, 20.0], data), fake([10.8] * 3, fsdp))
