@@ -95,7 +95,7 @@ HALF = (jnp.dtype("bfloat16"), jnp.dtype("float16"))
 
 INTO = ("jit", "pjit", "remat2", "checkpoint", "scan")
 """Operations that hand each operand, or a slice of it, to a jaxpr of theirs. The rules of a custom derivative are not in its
-jaxpr, so that what they do with a param is not known."""
+jaxpr, so that what they do with a param is not known. (A rule that closes over a param which is trained is refused by jax.)"""
 
 
 def _note(jaxpr: Any, params: dict[Any, int], uses: list[set[np.dtype]]) -> None:
