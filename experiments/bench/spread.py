@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec as P
 
@@ -203,9 +202,4 @@ class Maker:
 
     def _state_on_host(self, separate: bool) -> Any:
         create = self.parts(Case("fsdp+tensor" if separate else "data", 2, "weak", "float32", 1)).create
-        return jax.tree.map(on_host, jax.jit(create)(jax.random.key(self.settings.seed)))
-
-
-def on_host(x: jax.Array) -> Any:
-    """A numpy array; a key stays what it is."""
-    return x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else np.asarray(x)
+        return jax.device_get(jax.jit(create)(jax.random.key(self.settings.seed)))
