@@ -24,10 +24,6 @@ class Block(nn.Module):
         return x + nn.Dense(8, name="dense")(nn.LayerNorm(name="norm")(x))
 
 
-def once(module, x):
-    return module(x)
-
-
 def scanned(block):
     class Scanned(nn.Module):
         """Two layers whose params are one stacked array each."""
