@@ -93,7 +93,7 @@ def dtypes_used(loss_fn: Callable, params: Params, *rest: Any) -> list[np.dtype]
 
 HALF = (jnp.dtype("bfloat16"), jnp.dtype("float16"))
 
-INTO = ("jit", "pjit", "remat2", "checkpoint", "scan")
+INTO = ("jit", "remat2", "scan")
 """Operations that hand each operand, or a slice of it, to a jaxpr of theirs. The rules of a custom derivative are not in its
 jaxpr, so that what they do with a param is not known. (A rule that closes over a param which is trained is refused by jax.)"""
 
