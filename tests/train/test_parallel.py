@@ -164,7 +164,7 @@ def test_cut_params_move_in_the_dtype_in_which_they_are_used(dtype, short, reduc
 
 @pytest.mark.parametrize("reduce_dtype", [None, "float32"])
 def test_a_param_with_a_use_beside_the_cast_keeps_its_dtype(reduce_dtype, tmp_path):
-    """A penalty on one kernel is computed in float32, and a kernel that is half already has nothing to save."""
+    """A penalty on one kernel is computed in float32."""
     inner = mean_loss(jnp.bfloat16)
 
     def loss_fn(params, mstate, batch, rng):
