@@ -65,7 +65,8 @@ def test_the_bytes_of_collectives_are_those_of_the_params(ran):
         assert moved["all-gather"]["bytes"] == params and moved["all"]["unknown"] == 0
         assert moved["all-gather"]["sent"] == params * 7 / 8  # an eighth is there already
     assert moved["reduce-scatter"]["bytes"] == params and moved["reduce-scatter"]["sent"] == params * 7 / 8
-    assert 0 < moved["all-reduce"]["bytes"] < 100
+    leaves = jax.tree.leaves(Maker(SMALL, Settings(tiny=True)).shardings(Case("fsdp", 8, "weak", "float32", 1)).params)
+    assert 0 < moved["all-reduce"]["bytes"] - 4 * len(leaves) < 64
     assert collectives.totals(record(ran)["cases"]["one device"]["collectives"])["all"]["runs"] == 0
 
 
