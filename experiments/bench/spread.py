@@ -201,5 +201,6 @@ class Maker:
         return gpt.parts(work, self.side, self.optimizer, chunk)
 
     def _state_on_host(self, separate: bool) -> Any:
+        """As numpy arrays; `separate`: query, key and value have kernels of their own, as tensor parallelism wants them."""
         create = self.parts(Case("fsdp+tensor" if separate else "data", 2, "weak", "float32", 1)).create
         return jax.device_get(jax.jit(create)(jax.random.key(self.settings.seed)))
