@@ -50,7 +50,9 @@ def linear_softmax_cross_entropy(
     power of two of its own, and `g` is formed at a power of two that fits the weights: float16 loses no small gradient
     here, whatever the loss scale, and what does not fit in the end is inf, as it should be.
 
-    Tokens may be spread over devices; the gradient of a whole kernel is then summed over them once a chunk, in float32.
+    Tokens may be spread over devices; the gradient of a whole kernel is then summed over them once a chunk, in float32, and a
+    chunk is of the tokens of all: give as many times `chunk` as there are devices. With `make_train_step(reduce_dtype="float32")`
+    each device has chunks of its own, and nothing is summed before the last.
 
     Masked classes, a label that is no class and tokens of weight zero are as in `softmax_cross_entropy`. Its
     differences: the labels are integers (soft ones would be as large as the logits), the result is the pair that

@@ -17,6 +17,10 @@ from mpjax.policy.patterns import governs
 
 Axis: TypeAlias = str | tuple[str, ...]
 
+LONG = 256
+"""From here on a dimension is one of features or of tokens. A shorter one may be a stack of layers, which a scan slices, of
+experts or of heads, or the window of a convolution."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Fsdp:
@@ -29,8 +33,8 @@ class Fsdp:
         legal = [i for i, n in enumerate(shape) if n and n % devices == 0]
         if not legal or math.prod(shape) < self.min_size:
             return PartitionSpec()
-        widest = max(legal, key=lambda i: shape[i])
-        return PartitionSpec(*[None] * widest, self.axis)
+        dimension = max(legal, key=lambda i: min(shape[i], LONG))  # the first of those that are alike
+        return PartitionSpec(*[None] * dimension, self.axis)
 
 
 Rule: TypeAlias = PartitionSpec | Fsdp | str
@@ -38,10 +42,15 @@ Rules: TypeAlias = Mapping[str, Rule] | Fsdp | str | None
 
 
 def fsdp(axis: Axis = "data", min_size: int = 2**16) -> Fsdp:
-    """A rule for `shard_state` that cuts each param it matches along its largest dimension that the axis divides.
+    """A rule for `shard_state` that cuts each param it matches along one dimension that the axis divides.
 
-        dimension = argmax over {i : shape[i] divisible by the devices of the axis} of shape[i]
+        dimension = the first of argmax over {i : shape[i] divisible by the devices of the axis} of min(shape[i], 256)
         replicated where there is none, or where the param has fewer than min_size elements
+
+    So a kernel is cut along its first dimension, longer or not: the parts of the devices follow each other in memory, as a
+    gather leaves them. Of kernels cut along their last dimension each part was transposed before it was gathered, and once
+    more where the optimizer met its gradient: 7 % of a step (experiments/records/2026-11-29-scaling-fsdp-h200). A stack of
+    layers is cut within the layers.
 
     Args:
       axis: the mesh axis, or a tuple of them, over which params are cut; usually the one over which the batch is.

@@ -186,6 +186,9 @@ def test_efficiency_by_hand_and_the_goals():
     notes = list(scaling_table.notes(told))
     assert f"{data.name}: found 62.5%, goal on 8 devices 95%, not met" in notes
     assert f"{fsdp.name}: found 92.6%, goal on 8 devices 92%, met" in notes
+    two = Case("fsdp", 2, "weak", "bfloat16", 1)
+    fewer = scaling_table.notes(run_of(fake([10.0]), fake([10.8], two)))
+    assert f"{two.name}: found 92.6%, goal on 8 devices 92%, which 2 are not" in list(fewer)
     assert notes[-1] == "left out, for want of time: a case"
     assert not any(
         "goal" in note for note in scaling_table.notes(run_of(fake([1.0]), fake([1.0], data), name="gpt2-124m"))

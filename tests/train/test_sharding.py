@@ -63,7 +63,7 @@ def specs_of(tree):
     return {path: sharding.spec for path, sharding in placements_of(tree).items()}
 
 
-def test_fsdp_cuts_the_largest_dimension_that_the_axis_divides():
+def test_fsdp_cuts_one_dimension_that_the_axis_divides():
     assert specs_of(mpjax.shard_state(created(), MESH, mpjax.fsdp(min_size=0)).params) == {
         "up/kernel": P(None, "data"),
         "up/bias": P("data"),
@@ -78,6 +78,27 @@ def test_fsdp_cuts_the_largest_dimension_that_the_axis_divides():
     assert specs_of(over_both.params)["up/kernel"] == P(None, ("data", "model"))
     whole = mpjax.fsdp(min_size=0).spec((15, 9), 8)
     assert whole == P()
+
+
+@pytest.mark.parametrize(
+    ("shape", "cut"),
+    [
+        ((2048, 8192), 0),  # a kernel along its rows, whichever are more: parts that follow each other in memory
+        ((8192, 2048), 0),
+        ((50304, 2048), 0),
+        ((2052, 8192), 1),  # rows that eight devices cannot share
+        ((24, 2048, 8192), 1),  # a stack of layers within the layers
+        ((16, 128, 2048), 2),  # heads, of so many features
+        ((3, 3, 256, 512), 2),  # a convolution's window
+        ((64, 16), 0),  # and of short dimensions the longest
+        ((16, 64), 1),
+        ((64, 64), 0),
+        ((255, 248, 256), 2),
+        ((264, 256, 1024), 0),
+    ],
+)
+def test_fsdp_cuts_the_first_long_dimension_and_of_short_ones_the_longest(shape, cut):
+    assert mpjax.fsdp(min_size=0).spec(shape, 8) == P(*[None] * cut, "data")
 
 
 def test_the_first_rule_that_matches_wins_and_a_glob_means_the_subtree():
