@@ -40,7 +40,7 @@ from mpjax.measure.table import policy_table
 LIMITS = {"float32": 2e-6, BF16: 2e-2}
 """By policy, of the loss after 100 steps of SGD, relative to one device's."""
 
-SUMS = {"bfloat16": "sums as GSPMD does", "float32": "sums in float32"}
+SUMS = {"gspmd": "sums as GSPMD does", "bfloat16": "sums in bfloat16", "float32": "sums in float32"}
 
 BATCHES = 4
 """Of random tokens; they take turns."""
@@ -56,8 +56,8 @@ class Checks:
     """gpt2-124m or gpt-1.3b."""
     ways: tuple[Way, ...] = ("data", "fsdp")
     """How state and batch lie on the devices."""
-    reduce_dtype: tuple[Reduced, ...] = ("bfloat16", "float32")
-    """In which gradients are summed over devices; bfloat16: as GSPMD does, in the dtype of their product."""
+    reduce_dtype: tuple[Reduced, ...] = ("gspmd", "float32")
+    """In which gradients are summed over devices; gspmd: as GSPMD does, in the dtype of their product."""
     policies: tuple[str, ...] = tuple(LIMITS)
     """float32, mixed_bfloat16."""
     steps: int = 100
@@ -100,7 +100,7 @@ def checks(config: Checks, work: GPT) -> Iterator[Row]:
                 yield row(f"loss after {config.steps} steps", apart, LIMITS[policy]) | {
                     "where": where, "first": alone[0], "last": alone[-1],
                 }  # fmt: skip
-    yield from restored(Maker(work, settings), Case("fsdp", devices, "strong", "bfloat16", 1))
+    yield from restored(Maker(work, settings), Case("fsdp", devices, "strong", "gspmd", 1))
 
 
 def row(what: str, found: float, limit: float) -> Row:

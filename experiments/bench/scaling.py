@@ -6,8 +6,8 @@ Ways       data: params on every device. fsdp: params and moments cut over all. 
            two axes, `--tensor` devices in the second; its query, key and value have kernels of their own.
 Scaling    weak: a device's rows are constant; strong: those of the whole batch. With `--accumulate k` a step has k
            micro-batches of so many rows each.
-Reduced    bfloat16: gradients are summed over devices as GSPMD does, in the dtype of the product that makes them, once
-           in every micro-batch; float32: `reduce_dtype="float32"`, once a step.
+Reduced    gspmd: gradients are summed over devices as GSPMD does, in the dtype of the product that makes them, once in
+           every micro-batch; bfloat16, float32: `reduce_dtype`, once a step.
 XLA        its defaults; overlap: with two options that begin a collective as soon as it can and let many be under way.
 Against    one device: the same step without a mesh, of the same rows a device, timed first in the same process.
            Efficiency is the rate a device over that one's; the bounds are what the slowest and the fastest blocks give.
@@ -68,7 +68,7 @@ class Config:
     """How state and batch lie on them."""
     scaling: tuple[Scaling, ...] = ("weak",)
     """What is constant: a device's rows, or the batch's."""
-    reduce_dtype: tuple[Reduced, ...] = ("bfloat16", "float32")
+    reduce_dtype: tuple[Reduced, ...] = ("gspmd", "bfloat16", "float32")
     """In which gradients are summed over devices."""
     accumulate: tuple[int, ...] = (1,)
     """Micro-batches a step."""

@@ -22,7 +22,7 @@ from mpjax.train.specs import Rules
 
 Way = Literal["data", "fsdp", "fsdp+tensor"]
 Scaling = Literal["weak", "strong"]
-Reduced = Literal["bfloat16", "float32"]
+Reduced = Literal["gspmd", "bfloat16", "float32"]
 Xla = Literal["defaults", "overlap"]
 
 OVERLAP: dict[str, str | bool] = {
@@ -46,8 +46,8 @@ class Case:
         block, and the table of tokens, cut over two axes.
       devices: so many of the host's first.
       scaling: weak: the rows of a device are constant. strong: the rows of the whole batch are.
-      reduce: in which dtype gradients are summed over devices. bfloat16: as GSPMD does, in that of the product that makes
-        them; float32: `reduce_dtype="float32"`.
+      reduce: in which dtype gradients are summed over devices. gspmd: as GSPMD does, in that of the product that makes
+        them (records before 2026-11-30 call it bfloat16); bfloat16, float32: `reduce_dtype`.
       accumulate: micro-batches a step, each of as many rows as a step has without.
       xla: its defaults, or with `OVERLAP`.
     """
@@ -71,7 +71,7 @@ class Case:
     @property
     def alone(self) -> Case:
         """The case on one device that this one is held against."""
-        return Case("data", 1, "weak", "bfloat16", self.accumulate)
+        return Case("data", 1, "weak", "gspmd", self.accumulate)
 
     def rows(self, work: GPT) -> int:
         """Of the whole batch of a step."""
@@ -91,7 +91,7 @@ def cases(
     ends = [counts[-1:], counts[-2::-1]]
     for accumulated in accumulate:
         if counts[0] == 1:
-            yield Case("data", 1, "weak", "bfloat16", accumulated)
+            yield Case("data", 1, "weak", "gspmd", accumulated)
         for scaled in scaling:
             for reduced in reduce:
                 for options, some, way in itertools.product(xla, ends, ways):
@@ -170,7 +170,7 @@ class Maker:
             step = make_train_step(loss_fn, optimizer, clip_norm=clip, skip=skip, accumulate=case.accumulate)
             return Program(step, self.state(case), jax.device_put(batch))
         mesh = mesh_of(case, self.tensor)
-        reduce = "float32" if case.reduce == "float32" else None
+        reduce = None if case.reduce == "gspmd" else case.reduce
         step = make_train_step(
             loss_fn, optimizer, clip_norm=clip, skip=skip, accumulate=case.accumulate, mesh=mesh, reduce_dtype=reduce
         )
@@ -195,9 +195,9 @@ class Maker:
         if case.devices > 1 and case.way == "fsdp+tensor":
             # Cut by columns, a kernel of all three would have the query's on one device and the value's on another.
             work = dataclasses.replace(work, fused_qkv=False)
-        if case.devices > 1 and case.reduce == "bfloat16":
+        if case.devices > 1 and case.reduce == "gspmd":
             # GSPMD sees the tokens of all devices, cuts those into chunks, and sums the head's gradient once in each. As
-            # many chunks as one device has are as large on each device; with reduce="float32" a device sees its own.
+            # many chunks as one device has are as large on each device; with `reduce_dtype` a device sees its own.
             chunk *= case.devices // (self.tensor if case.way == "fsdp+tensor" else 1)
         return gpt.parts(work, self.side, self.optimizer, chunk)
 

@@ -189,6 +189,6 @@ class CulpritHook(Hook):
         if not isinstance(step, TrainStep):
             return None
         failed = as_of(state, attempt, metrics)
-        apart = dataclasses.replace(step, mesh=None, reduce_apart=False)
+        apart = dataclasses.replace(step, mesh=None, reduce_dtype=None)
         self.culprit = _diagnosed(apart, failed, batch, with_update=True)
         return str(self.culprit) if self.culprit else "one operation at a time everything is finite"

@@ -161,7 +161,9 @@ def memory_by_role(step: TrainStep, state: TrainState, batch: Batch) -> MemoryAc
         arguments,
         planned,
         {
-            "gradients": sum(_bytes(x, whole=step.reduce_apart, dtype=wide(x.dtype)) for x in jax.tree.leaves(trained)),
+            "gradients": sum(
+                _bytes(x, whole=step.reduce_dtype is not None, dtype=wide(x.dtype)) for x in jax.tree.leaves(trained)
+            ),
             "activations": kept.activations,
             "cast weights": kept.cast_weights,
             "logits": kept.logits,

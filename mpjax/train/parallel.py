@@ -1,4 +1,4 @@
-"""Float32 sums of gradients over devices, which GSPMD does not make: each device differentiates for itself."""
+"""One sum of gradients over devices, in a dtype of choice, which GSPMD does not make: each device differentiates for itself."""
 
 from __future__ import annotations
 
@@ -7,21 +7,44 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from mpjax.core.dtypes import wide
-from mpjax.core.types import Batch, MState, Params, PyTree
+from mpjax.core.dtypes import canonical, wide
+from mpjax.core.types import Batch, DTypeLike, MState, Params, PyTree
 from mpjax.numerics.loss_scale import LossScale
 from mpjax.train.accumulate import Gathered, cut as micro_batches, gather
-from mpjax.train.fully_sharded import along, dtypes_used, made_whole, summed_and_cut
+from mpjax.train.fully_sharded import HALF, along, dtypes_used, made_whole, summed_and_cut
 from mpjax.train.specs import Axis, automatic, devices_along, is_box
 from mpjax.train.state import merge_trainable, split_trainable
+
+SUMS = ("float32", "bfloat16", "float16")
+
+
+def sum_dtype(reduce_dtype: DTypeLike | None, mesh: Mesh | None) -> np.dtype | None:
+    """In which gradients are to be summed over devices.
+
+    Raises:
+      ValueError: a dtype that is none of `SUMS`, or one without a mesh.
+    """
+    if reduce_dtype is None:
+        return None
+    dtype = canonical(reduce_dtype)
+    if dtype.name not in SUMS:
+        legal = ", ".join(map(repr, SUMS))
+        raise ValueError(f"got reduce_dtype={reduce_dtype!r}; legal are {legal}, or None for what GSPMD does")
+    if mesh is None:
+        raise ValueError(
+            f"reduce_dtype={dtype.name!r} came without a mesh; give mesh= (and axis=) on which the batch lies"
+        )
+    return dtype
 
 
 def gather_apart(
     mesh: Mesh,
     axis: Axis,
     placed: Sequence[Any],
+    reduce_dtype: np.dtype,
     loss_fn: Callable,
     trained: Params,
     frozen: Params,
@@ -31,10 +54,11 @@ def gather_apart(
     loss_scale: LossScale,
     accumulate: int,
 ) -> Gathered:
-    """`gather`, each device of `axis` for its own rows, then one float32 sum over the devices.
+    """`gather`, each device of `axis` for its own rows, then one sum over the devices.
 
         on device d:  loss_d, g_d, w_d = gather(loss_fn, …, rows of d, fold_in(rng, d))      w_d = 1 without weights
-        loss = Σ_d w_d · loss_d / Σ_d w_d;  grads = Σ_d w_d · g_d / Σ_d w_d;  metrics likewise;  mstate = its mean over d
+        loss = Σ_d w_d · loss_d / Σ_d w_d;  metrics likewise;  mstate = its mean over d
+        grads = float32(Σ_d reduce_dtype(w_d / Σ_d w_d · g_d))
 
     Left to GSPMD, the sum over devices is part of the product that makes a gradient and runs in that product's dtype.
     Axes of the mesh other than `axis` stay with GSPMD (tensor parallelism goes on inside). Params cut over `axis` itself
@@ -43,6 +67,8 @@ def gather_apart(
     Args:
       mesh, axis: on which the batch lies.
       placed: where each leaf of the params lies; none: on every device.
+      reduce_dtype: in which gradients are summed: float32 (the dtype of the gradients) or a half one. All else is summed
+        in its own.
       loss_fn, trained, frozen, mstate, batch, rng, loss_scale, accumulate: as `gather` takes them.
     """
     mesh = automatic(mesh)
@@ -61,6 +87,9 @@ def gather_apart(
     cuts = [along(place, axis) for place in placed] or [[] for _ in leaves]
     specs = [PartitionSpec(*(entry or None for entry in cut)) for cut in cuts]
     whole, rows = PartitionSpec(), PartitionSpec(axis)
+    # At a sum of bfloat16 over some axes of a mesh of CPUs XLA ends the process (AllReducePromotion, jax 0.10 to 0.12). It
+    # makes sums of float32 of them there anyway.
+    widened = mesh.devices.flat[0].platform == "cpu" and len(names) < len(mesh.axis_names)
 
     def on_each(batch: Batch, params: list[jax.Array], mstate: MState, *rest: Any) -> Gathered:
         rng, loss_scale = rest
@@ -73,7 +102,8 @@ def gather_apart(
             params = list(map(made_whole, params, cuts, used))
         trained, frozen = split_trainable(structure.unflatten(params), mask)
         found = gather(loss_fn, trained, frozen, mstate, batch, rng, loss_scale, accumulate)
-        return _combined(found, names, devices, index == 0, [cut for cut, keep in zip(cuts, mask, strict=True) if keep])
+        kept = [cut for cut, keep in zip(cuts, mask, strict=True) if keep]
+        return _combined(found, names, devices, index == 0, kept, reduce_dtype, widened)
 
     out = Gathered._make([whole] * len(Gathered._fields))._replace(
         grads=split_trainable(structure.unflatten(specs), mask)[0]
@@ -107,7 +137,13 @@ def _boxes_opened(loss_fn: Callable, axis: tuple[str, ...]) -> Callable:
 
 
 def _combined(
-    found: Gathered, axis: tuple[str, ...], devices: int, first: jax.Array, cuts: list[list[tuple[str, ...]]]
+    found: Gathered,
+    axis: tuple[str, ...],
+    devices: int,
+    first: jax.Array,
+    cuts: list[list[tuple[str, ...]]],
+    reduce_dtype: np.dtype,
+    widened: bool,
 ) -> Gathered:
     """What the devices found, as if one had: means by weight, and the same on every device, but for gradients of params
     that are cut up."""
@@ -118,25 +154,38 @@ def _combined(
     weight = None if found.weight is None else added(found.weight)
     share = jnp.ones_like(found.loss) if found.weight is None else found.weight
     all_shares = jnp.asarray(devices, share.dtype) if weight is None else weight
-    divisor = jnp.where(all_shares == 0, jnp.ones_like(all_shares), all_shares)  # no weight: no gradient
+    portion = share / jnp.where(all_shares == 0, jnp.ones_like(all_shares), all_shares)  # no weight: no gradient
 
     def mean(x: jax.Array) -> jax.Array:  # a device without weight has no say in a metric, whatever its value
         part = share.astype(x.dtype)
         return added(jnp.where(part == 0, jnp.zeros_like(x), part * x)) / all_shares.astype(x.dtype)
 
-    parts: list[jax.Array] = jax.tree.leaves(found.grads)
+    def summed(g: jax.Array, cut: list[tuple[str, ...]]) -> jax.Array:
+        # Of the mean and not of the sum, whose weights, numbers of tokens perhaps, do not fit into float16.
+        part = portion.astype(g.dtype) * g
+        if reduce_dtype not in HALF:
+            return summed_and_cut(part, cut, axis)
+        if widened:
+            return _rounded(summed_and_cut(_rounded(part, reduce_dtype), cut, axis), reduce_dtype)
+        return summed_and_cut(part.astype(reduce_dtype), cut, axis).astype(g.dtype)
+
     structure: Any = jax.tree.structure(found.grads)
-    grads = [summed_and_cut(share.astype(g.dtype) * g, cut, axis) for g, cut in zip(parts, cuts, strict=True)]
+    grads = list(map(summed, jax.tree.leaves(found.grads), cuts))
     return Gathered(
         loss=added(found.total) / all_shares,
         total=added(found.total),
-        grads=structure.unflatten([g / divisor.astype(g.dtype) for g in grads]),
+        grads=structure.unflatten(grads),
         mstate=jax.tree.map(lambda x: _agreed(x, axis, first), found.mstate),
         sinks=added(found.sinks),
         metrics=jax.tree.map(mean, found.metrics),
         weight=weight,
         mstate_finite=added((~found.mstate_finite).astype(jnp.int32)) == 0,
     )
+
+
+def _rounded(x: jax.Array, dtype: np.dtype) -> jax.Array:
+    """To what `dtype` holds, in the dtype of `x`. XLA leaves out a cast there and back."""
+    return jax.lax.reduce_precision(x, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)
 
 
 def _agreed(x: jax.Array, axis: tuple[str, ...], first: jax.Array) -> jax.Array:

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from mpjax.core.dtypes import canonical, wide
+from mpjax.core.dtypes import wide
 from mpjax.core.model import SINKS
 from mpjax.core.tree import all_finite, bundled, path_of, select_tree
 from mpjax.core.types import Batch, DTypeLike, Metrics, MState, Params
@@ -20,7 +21,7 @@ from mpjax.numerics.delayed import advanced, with_sinks
 from mpjax.numerics.loss_scale import DynamicLossScale
 from mpjax.train.accumulate import Gathered, as_stored, gather
 from mpjax.train.fully_sharded import over_gathered_params
-from mpjax.train.parallel import gather_apart
+from mpjax.train.parallel import gather_apart, sum_dtype
 from mpjax.train.sharding import check_rows
 from mpjax.train.specs import Axis, devices_along
 from mpjax.train.state import TrainState, merge_trainable, split_trainable
@@ -68,8 +69,8 @@ def make_train_step(
     On several devices (a state from `shard_state`, batches from `shard_batch`) the same function is cut up by GSPMD, and
     the new state lies as the old one did. The sum of a gradient over the devices then runs in the dtype of the product
     that makes it, bfloat16 or float16 where the layer computes in that, and once in every micro-batch. With
-    `reduce_dtype="float32"` each device differentiates its own rows instead, adds up its own micro-batches, and there is
-    one float32 sum over the devices, after accumulation. What a loss function does across rows is then done within a
+    `reduce_dtype` each device differentiates its own rows instead, adds up its own micro-batches in float32, and there is
+    one sum over the devices, after accumulation, in that dtype. What a loss function does across rows is then done within a
     device, as under accumulation within a micro-batch: means of devices are weighted by `(sum, weight)` losses; batch
     statistics are each device's own and their mean is stored; dropout differs by device (its index is folded into the rng).
 
@@ -89,9 +90,11 @@ def make_train_step(
       axis: the mesh axis over which the rows of a batch lie, or a tuple of them. Params that are cut over it (`fsdp`) are
         made whole where `loss_fn` takes them, once in every micro-batch; a scanned stack of layers is one param, and so
         is whole at once. One that `loss_fn` does nothing with but cast to a half dtype moves in that: the same numbers.
-      reduce_dtype: `"float32"`: sum gradients over the devices in it. None: as GSPMD does. With it params are made whole
-        once a step, and each device gets the part of a sum that it holds of the param; `fsdp` saves the memory of
-        optimizer state and of params between steps, while within one each device holds all params and all gradients.
+      reduce_dtype: in which gradients are summed over the devices, once a step: `"float32"`, or in half the bytes
+        `"bfloat16"` or `"float16"`, to which each device's share of the mean, scaled by the loss scale, is rounded before.
+        None: as GSPMD does. With it params are made whole once a step, and each device gets the part of a sum that it
+        holds of the param; `fsdp` saves the memory of optimizer state and of params between steps, while within one each
+        device holds all params and all gradients.
 
     Returns:
       A `TrainStep`. Its metrics are scalar arrays: `loss`, `grad_norm` (unscaled, before clipping), `grads_finite`,
@@ -119,13 +122,10 @@ def make_train_step(
         raise ValueError(f"got clip_norm={clip_norm!r}; legal is a number > 0, or None for no clipping")
     if skip not in ("nonfinite", "gradients", "off"):
         raise ValueError(f"got skip={skip!r}; legal is 'nonfinite', 'gradients' or 'off'")
-    if reduce_dtype is not None and canonical(reduce_dtype) != jnp.float32:
-        raise ValueError(f"got reduce_dtype={reduce_dtype!r}; legal is 'float32', or None for what GSPMD does")
-    if reduce_dtype is not None and mesh is None:
-        raise ValueError("reduce_dtype='float32' came without a mesh; give mesh= (and axis=) on which the batch lies")
+    reduced = sum_dtype(reduce_dtype, mesh)
     if mesh is not None:
         devices_along(mesh, axis, "the batch")
-    return TrainStep(loss_fn, optimizer, accumulate, clip_norm, skip, donate, mesh, axis, reduce_dtype is not None)
+    return TrainStep(loss_fn, optimizer, accumulate, clip_norm, skip, donate, mesh, axis, reduced)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ class TrainStep:
     donate: bool
     mesh: Mesh | None = None
     axis: Axis = "data"
-    reduce_apart: bool = False
+    reduce_dtype: np.dtype | None = None
     placed: tuple[Any, ...] = ()
     """Where each leaf of the params lies, if the state lies on a mesh."""
 
@@ -166,7 +166,8 @@ class TrainStep:
         if placement not in known:
             shardings = jax.tree.unflatten(structure, placement[1:])
             placed = tuple(jax.tree.leaves(shardings.params))
-            loss_fn = self.loss_fn if self.reduce_apart else over_gathered_params(self.loss_fn, placed, self.axis)
+            apart = self.reduce_dtype is not None
+            loss_fn = self.loss_fn if apart else over_gathered_params(self.loss_fn, placed, self.axis)
             here = dataclasses.replace(self, placed=placed, loss_fn=loss_fn)
             known[placement] = self._jit(here.pure, out_shardings=(shardings, None))
         return known[placement]
@@ -231,8 +232,8 @@ class TrainStep:
         given = (self.loss_fn, trained, frozen, mstate, batch, rng, state.loss_scale, self.accumulate)
         if self.mesh is not None:
             check_rows(batch, self.mesh, self.axis, self.accumulate)
-        if self.mesh is not None and self.reduce_apart:
-            found = gather_apart(self.mesh, self.axis, self.placed, *given)
+        if self.mesh is not None and self.reduce_dtype is not None:
+            found = gather_apart(self.mesh, self.axis, self.placed, self.reduce_dtype, *given)
         else:
             found = gather(*given)
         moved, sinks = advanced(found.mstate, found.sinks)

@@ -7,6 +7,7 @@ import doctest
 import importlib
 import json
 import types
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,9 @@ def record(ran):
     return json.loads((ran[1] / "gpt-1.3b-scaling.json").read_text())
 
 
+REDUCED = get_args(spread.Reduced)
+
+
 def found(ran, reduce):
     return record(ran)["cases"][Case("fsdp", 8, "weak", reduce, 1).name]
 
@@ -60,28 +64,30 @@ def test_the_bytes_of_collectives_are_those_of_the_params(ran):
     """Params are float32: 4 bytes each; a CPU widens what it gathers in bfloat16, so that these are, too. A few scalars are
     summed beside their gradients: losses, flags, and of each gradient the norm."""
     params = 4 * flops.gpt_params(SMALL)
-    for reduce in ("bfloat16", "float32"):
+    leaves = jax.tree.leaves(Maker(SMALL, Settings(tiny=True)).shardings(Case("fsdp", 8, "weak", "float32", 1)).params)
+    for reduce in REDUCED:
         moved = collectives.totals(found(ran, reduce)["collectives"])
         assert moved["all-gather"]["bytes"] == params and moved["all"]["unknown"] == 0
         assert moved["all-gather"]["sent"] == params * 7 / 8  # an eighth is there already
-    assert moved["reduce-scatter"]["bytes"] == params and moved["reduce-scatter"]["sent"] == params * 7 / 8
-    leaves = jax.tree.leaves(Maker(SMALL, Settings(tiny=True)).shardings(Case("fsdp", 8, "weak", "float32", 1)).params)
-    assert 0 < moved["all-reduce"]["bytes"] - 4 * len(leaves) < 64
+        if reduce != "gspmd":
+            assert moved["reduce-scatter"]["bytes"] == params and moved["reduce-scatter"]["sent"] == params * 7 / 8
+            assert 0 < moved["all-reduce"]["bytes"] - 4 * len(leaves) < 64
     assert collectives.totals(record(ran)["cases"]["one device"]["collectives"])["all"]["runs"] == 0
 
 
 @needs_eight
-def test_the_heads_gradient_is_summed_once_a_chunk_by_gspmd_and_once_a_step_in_float32(ran):
-    """The table of tokens is the head. Each device has as many chunks as one device alone, and in float32 gets its part of
-    the sum."""
+def test_the_heads_gradient_is_summed_once_a_chunk_by_gspmd_and_once_a_step_apart(ran):
+    """The table of tokens is the head. Each device has as many chunks as one device alone, and apart gets its part of the
+    sum."""
     whole, part = (f"f32[{SMALL.vocabulary // cut},{SMALL.width}]" for cut in (1, 8))
     sums = {
         reduce: [(x["kind"], x["times"], x["count"]) for x in found(ran, reduce)["collectives"]
                  if x["kind"] != "all-gather" and {whole, part} & set(x["arrays"])]
-        for reduce in ("bfloat16", "float32")
+        for reduce in REDUCED
     }  # fmt: skip
-    assert ("all-reduce", CHUNKS, 1) in sums["bfloat16"] and sums["float32"] == [("reduce-scatter", 1, 1)]
-    assert all(x["times"] == 1 for x in found(ran, "float32")["collectives"])
+    assert ("all-reduce", CHUNKS, 1) in sums["gspmd"]
+    assert sums["float32"] == sums["bfloat16"] == [("reduce-scatter", 1, 1)]
+    assert all(x["times"] == 1 for reduce in REDUCED[1:] for x in found(ran, reduce)["collectives"])
 
 
 @needs_eight
@@ -90,22 +96,22 @@ def test_every_number_of_a_case_is_there(ran):
     assert told["left_out"] == [] and told["command"].startswith("python -m experiments.bench.scaling gpt-1.3b --tiny")
     assert "--out=FOLDER" in told["command"] and str(ran[1]) not in json.dumps(told)
     state = 3 * 4 * flops.gpt_params(SMALL)  # params and both moments
-    for case, cut in ((told["cases"]["one device"], 1), (found(ran, "bfloat16"), 8), (found(ran, "float32"), 8)):
+    for case, cut in ((told["cases"]["one device"], 1), *((found(ran, reduce), 8) for reduce in REDUCED)):
         rows = 8 * case["devices"]
         assert (case["rows"], case["items"]) == (rows, rows * SMALL.context)
         assert len(case["block_ms"]) == 2 and min(case["block_ms"]) > 0 and np.isfinite(case["losses"]).all()
         assert case["seconds"].keys() == {"build", "trace", "compile"} and case["time"] is None
         assert state / cut < case["planned_bytes"]["arguments"] < state / cut + 2000
     # The same rows from the same params: sums in another order and dtype, rounded to bfloat16 on the way (eps 2⁻⁸).
-    losses = np.array([found(ran, reduce)["losses"] for reduce in ("bfloat16", "float32")])
-    assert losses.shape == (2, 2) and np.ptp(losses, axis=0).max() <= 2**-8 * losses.max()
+    losses = np.array([found(ran, reduce)["losses"] for reduce in REDUCED])
+    assert losses.shape == (3, 2) and np.ptp(losses, axis=0).max() <= 2**-8 * losses.max()
 
 
 @needs_eight
 def test_what_fails_is_told_in_a_line_and_the_run_goes_on(ran, capsys):
     code, folder = ran
     told = record(ran)["cases"]
-    assert code == 1 and sum("failed" in case for case in told.values()) == 2 and len(told) == 5
+    assert code == 1 and sum("failed" in case for case in told.values()) == 3 and len(told) == 7
     assert scaling.run(["table", str(folder)]) == 0
     text = capsys.readouterr().out
     assert text == (folder / "gpt-1.3b-scaling.md").read_text() + "\n"
@@ -115,24 +121,24 @@ def test_what_fails_is_told_in_a_line_and_the_run_goes_on(ran, capsys):
 
 
 def test_one_device_and_the_most_come_first_then_the_first_value_of_each_setting():
-    order = list(cases(["data", "fsdp"], [4, 1, 8, 2], ["weak", "strong"], ["bfloat16"], [1, 8]))
+    order = list(cases(["data", "fsdp"], [4, 1, 8, 2], ["weak", "strong"], ["gspmd"], [1, 8]))
     names = [case.name for case in order]
     assert names[:8] == ["one device"] + [
-        f"{way}, {n} devices, weak, bfloat16" for way, n in
+        f"{way}, {n} devices, weak, gspmd" for way, n in
         [("data", 8), ("fsdp", 8), ("data", 4), ("data", 2), ("fsdp", 4), ("fsdp", 2)]
-    ] + ["data, 8 devices, strong, bfloat16"]  # fmt: skip
+    ] + ["data, 8 devices, strong, gspmd"]  # fmt: skip
     assert names[13] == "one device, accumulate 8" == order[-1].alone.name and len(order) == 26
-    both = list(cases(["data", "fsdp"], [1, 2], ["weak"], ["bfloat16"], [1], ["defaults", "overlap"]))
-    plain = ["data, 2 devices, weak, bfloat16", "fsdp, 2 devices, weak, bfloat16"]
+    both = list(cases(["data", "fsdp"], [1, 2], ["weak"], ["gspmd"], [1], ["defaults", "overlap"]))
+    plain = ["data, 2 devices, weak, gspmd", "fsdp, 2 devices, weak, gspmd"]
     assert [case.name for case in both] == ["one device", *plain, *(f"{name}, overlap" for name in plain)]
     assert both[-1].alone == both[0]
-    weak, strong = (Case("data", 4, scaling, "bfloat16", 8) for scaling in ("weak", "strong"))
+    weak, strong = (Case("data", 4, scaling, "gspmd", 8) for scaling in ("weak", "strong"))
     assert (weak.rows(SMALL), strong.rows(SMALL), weak.alone.rows(SMALL)) == (8 * 4 * 2, 8 * 2, 8 * 2)
 
 
 def fake(block_ms, case=None, **changes):
     """What a case wrote, with step times of its own."""
-    case = case or Case("data", 1, "weak", "bfloat16", 1)
+    case = case or Case("data", 1, "weak", "gspmd", 1)
     return {
         "case": dataclasses.asdict(case), "devices": case.devices, "rows": case.rows(SMALL), "items": 100 * case.devices,
         "block_ms": block_ms, "seconds": {"compile": 1.0}, "losses": [1.0], "planned_bytes": {"peak": 1}, "time": None,
@@ -165,7 +171,7 @@ def test_xlas_options_reach_the_compiler(xla, more, monkeypatch):
     monkeypatch.setattr(scaling, "OnMany", caught)
     maker = Maker(dataclasses.replace(SMALL, batch=2), Settings(tiny=True))
     with pytest.raises(MemoryError, match="enough"):
-        scaling.measure(maker, Case("data", 1, "weak", "bfloat16", 1, xla), Settings(tiny=True), {"xla_gpu_x": True})
+        scaling.measure(maker, Case("data", 1, "weak", "gspmd", 1, xla), Settings(tiny=True), {"xla_gpu_x": True})
     assert given == [{"xla_gpu_x": True, **more}] and len(spread.OVERLAP) == 2
 
 
@@ -178,7 +184,7 @@ def test_this_jaxlib_knows_the_options():
 
 
 def test_efficiency_by_hand_and_the_goals():
-    data, fsdp = (Case(way, 8, "weak", "bfloat16", 1) for way in ("data", "fsdp"))
+    data, fsdp = (Case(way, 8, "weak", "gspmd", 1) for way in ("data", "fsdp"))
     told = run_of(fake([10.0, 8.0, 12.0]), fake([16.0, 12.5, 20.0], data), fake([10.8] * 3, fsdp))
     assert scaling_table.efficiency(told, data.name) == (10 / 16, 8 / 20, 12 / 12.5)
     row = scaling_table.rows(told)[1]
@@ -186,7 +192,7 @@ def test_efficiency_by_hand_and_the_goals():
     notes = list(scaling_table.notes(told))
     assert f"{data.name}: found 62.5%, goal on 8 devices 95%, not met" in notes
     assert f"{fsdp.name}: found 92.6%, goal on 8 devices 92%, met" in notes
-    two = Case("fsdp", 2, "weak", "bfloat16", 1)
+    two = Case("fsdp", 2, "weak", "gspmd", 1)
     fewer = scaling_table.notes(run_of(fake([10.0]), fake([10.8], two)))
     assert f"{two.name}: found 92.6%, goal on 8 devices 92%, which 2 are not" in list(fewer)
     assert notes[-1] == "left out, for want of time: a case"
@@ -230,10 +236,9 @@ def test_a_cut_run_keeps_what_it_had_and_says_what_it_left_out(monkeypatch, tmp_
     assert scaling.run([*args, f"--out={tmp_path}"]) == 0
     told = json.loads((tmp_path / "gpt-1.3b-scaling.json").read_text())
     assert there == [[], ["gpt-1.3b-scaling.json", "gpt-1.3b-scaling.md"]]
-    assert list(told["cases"]) == ["one device", "data, 2 devices, weak, bfloat16"] and len(told["left_out"]) == 7
+    assert list(told["cases"]) == ["one device", "data, 2 devices, weak, gspmd"] and len(told["left_out"]) == 11
     assert (
-        "left out, for want of time: fsdp, 2 devices, weak, bfloat16; "
-        in (tmp_path / "gpt-1.3b-scaling.md").read_text()
+        "left out, for want of time: fsdp, 2 devices, weak, gspmd; " in (tmp_path / "gpt-1.3b-scaling.md").read_text()
     )
 
 

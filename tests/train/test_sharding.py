@@ -407,7 +407,9 @@ def test_a_linen_transformer_under_fsdp_and_tensor_parallelism():
     ("name", "reduce_dtype", "accumulate"),
     [
         *itertools.product(["data"], [None, "float32"], [1, 2]),
+        ("data", "bfloat16", 1),
         ("fsdp", None, 2),
+        ("fsdp", "float16", 1),
         ("tensor", "float32", 2),
     ],
 )
