@@ -56,7 +56,7 @@ class Checks:
     """gpt2-124m or gpt-1.3b."""
     ways: tuple[Way, ...] = ("data", "fsdp")
     """How state and batch lie on the devices."""
-    reduce_dtype: tuple[Reduced, ...] = ("gspmd", "float32")
+    reduce_dtype: tuple[Reduced, ...] = ("gspmd", "bfloat16", "float32")
     """In which gradients are summed over devices; gspmd: as GSPMD does, in the dtype of their product."""
     policies: tuple[str, ...] = tuple(LIMITS)
     """float32, mixed_bfloat16."""

@@ -30,8 +30,8 @@ OVERLAP: dict[str, str | bool] = {
     "xla_gpu_experimental_collective_start_as_early_as_possible": True,
 }
 """Many collectives may be under way at a time, each from when its operand is there. By default XLA begins one when the one
-before has ended, and puts most of the backward pass before the first. They hide what they should, and products wait for the
-multiprocessors instead: no gain in bfloat16 (experiments/records/2026-11-29-scaling-fsdp-h200)."""
+before has ended, and puts most of the backward pass before the first. They hide what they should, and products take longer
+beside it: no gain in bfloat16 (experiments/records/2026-11-29-scaling-fsdp-h200)."""
 
 SIDE: Side = ROWS["gpt-1.3b"].sides["bf16"]
 """The tuned side of the bench: chunked loss, the GELU computed again, `skip="gradients"`."""

@@ -51,7 +51,7 @@ def linear_softmax_cross_entropy(
     here, whatever the loss scale, and what does not fit in the end is inf, as it should be.
 
     Tokens may be spread over devices; the gradient of a whole kernel is then summed over them once a chunk, in float32, and a
-    chunk is of the tokens of all: give as many times `chunk` as there are devices. With `make_train_step(reduce_dtype="float32")`
+    chunk is of the tokens of all: give as many times `chunk` as there are devices. With a `reduce_dtype` (`make_train_step`)
     each device has chunks of its own, and nothing is summed before the last.
 
     Masked classes, a label that is no class and tokens of weight zero are as in `softmax_cross_entropy`. Its

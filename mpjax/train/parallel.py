@@ -14,11 +14,12 @@ from mpjax.core.dtypes import canonical, wide
 from mpjax.core.types import Batch, DTypeLike, MState, Params, PyTree
 from mpjax.numerics.loss_scale import LossScale
 from mpjax.train.accumulate import Gathered, cut as micro_batches, gather
-from mpjax.train.fully_sharded import HALF, along, dtypes_used, made_whole, summed_and_cut
+from mpjax.train.fully_sharded import along, dtypes_used, made_whole, summed_and_cut
 from mpjax.train.specs import Axis, automatic, devices_along, is_box
 from mpjax.train.state import merge_trainable, split_trainable
 
-SUMS = ("float32", "bfloat16", "float16")
+SUMS = ("float32", "bfloat16")
+"""Not float16: small gradients are zero there without a loss scale, and a policy that computes in bfloat16 has none."""
 
 
 def sum_dtype(reduce_dtype: DTypeLike | None, mesh: Mesh | None) -> np.dtype | None:
@@ -58,7 +59,7 @@ def gather_apart(
 
         on device d:  loss_d, g_d, w_d = gather(loss_fn, …, rows of d, fold_in(rng, d))      w_d = 1 without weights
         loss = Σ_d w_d · loss_d / Σ_d w_d;  metrics likewise;  mstate = its mean over d
-        grads = float32(Σ_d reduce_dtype(w_d / Σ_d w_d · g_d))
+        grads = float32(Σ_d reduce_dtype(w_d · g_d)) / Σ_d w_d
 
     Left to GSPMD, the sum over devices is part of the product that makes a gradient and runs in that product's dtype.
     Axes of the mesh other than `axis` stay with GSPMD (tensor parallelism goes on inside). Params cut over `axis` itself
@@ -67,8 +68,7 @@ def gather_apart(
     Args:
       mesh, axis: on which the batch lies.
       placed: where each leaf of the params lies; none: on every device.
-      reduce_dtype: in which gradients are summed: float32 (the dtype of the gradients) or a half one. All else is summed
-        in its own.
+      reduce_dtype: in which gradients are summed: float32 (their own dtype) or bfloat16. All else is summed in its own.
       loss_fn, trained, frozen, mstate, batch, rng, loss_scale, accumulate: as `gather` takes them.
     """
     mesh = automatic(mesh)
@@ -87,8 +87,8 @@ def gather_apart(
     cuts = [along(place, axis) for place in placed] or [[] for _ in leaves]
     specs = [PartitionSpec(*(entry or None for entry in cut)) for cut in cuts]
     whole, rows = PartitionSpec(), PartitionSpec(axis)
-    # At a sum of bfloat16 over some axes of a mesh of CPUs XLA ends the process (AllReducePromotion, jax 0.10 to 0.12). It
-    # makes sums of float32 of them there anyway.
+    # At a sum of bfloat16 over some axes of a mesh of CPUs XLA ends the process (AllReducePromotion, jax 0.10 to 0.12),
+    # which there would make it one of float32.
     widened = mesh.devices.flat[0].platform == "cpu" and len(names) < len(mesh.axis_names)
 
     def on_each(batch: Batch, params: list[jax.Array], mstate: MState, *rest: Any) -> Gathered:
@@ -154,23 +154,23 @@ def _combined(
     weight = None if found.weight is None else added(found.weight)
     share = jnp.ones_like(found.loss) if found.weight is None else found.weight
     all_shares = jnp.asarray(devices, share.dtype) if weight is None else weight
-    portion = share / jnp.where(all_shares == 0, jnp.ones_like(all_shares), all_shares)  # no weight: no gradient
+    divisor = jnp.where(all_shares == 0, jnp.ones_like(all_shares), all_shares)  # no weight: no gradient
 
     def mean(x: jax.Array) -> jax.Array:  # a device without weight has no say in a metric, whatever its value
         part = share.astype(x.dtype)
         return added(jnp.where(part == 0, jnp.zeros_like(x), part * x)) / all_shares.astype(x.dtype)
 
     def summed(g: jax.Array, cut: list[tuple[str, ...]]) -> jax.Array:
-        # Of the mean and not of the sum, whose weights, numbers of tokens perhaps, do not fit into float16.
-        part = portion.astype(g.dtype) * g
-        if reduce_dtype not in HALF:
+        part = share.astype(g.dtype) * g
+        if reduce_dtype != jnp.bfloat16:
             return summed_and_cut(part, cut, axis)
         if widened:
-            return _rounded(summed_and_cut(_rounded(part, reduce_dtype), cut, axis), reduce_dtype)
+            return _rounded(summed_and_cut(_rounded(part), cut, axis))
         return summed_and_cut(part.astype(reduce_dtype), cut, axis).astype(g.dtype)
 
+    parts: list[jax.Array] = jax.tree.leaves(found.grads)
     structure: Any = jax.tree.structure(found.grads)
-    grads = list(map(summed, jax.tree.leaves(found.grads), cuts))
+    grads = [summed(g, cut) / divisor.astype(g.dtype) for g, cut in zip(parts, cuts, strict=True)]
     return Gathered(
         loss=added(found.total) / all_shares,
         total=added(found.total),
@@ -183,9 +183,9 @@ def _combined(
     )
 
 
-def _rounded(x: jax.Array, dtype: np.dtype) -> jax.Array:
-    """To what `dtype` holds, in the dtype of `x`. XLA leaves out a cast there and back."""
-    return jax.lax.reduce_precision(x, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)
+def _rounded(x: jax.Array) -> jax.Array:
+    """To what bfloat16 holds, in the dtype of `x`: XLA leaves out a cast there and back."""
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
 def _agreed(x: jax.Array, axis: tuple[str, ...], first: jax.Array) -> jax.Array:

@@ -47,10 +47,10 @@ def fsdp(axis: Axis = "data", min_size: int = 2**16) -> Fsdp:
         dimension = the first of argmax over {i : shape[i] divisible by the devices of the axis} of min(shape[i], 256)
         replicated where there is none, or where the param has fewer than min_size elements
 
-    So a kernel is cut along its first dimension, longer or not: the parts of the devices follow each other in memory, as a
-    gather leaves them. Of kernels cut along their last dimension each part was transposed before it was gathered, and once
-    more where the optimizer met its gradient: 7 % of a step (experiments/records/2026-11-29-scaling-fsdp-h200). A stack of
-    layers is cut within the layers.
+    So a matrix with two long dimensions is cut along the first, whichever is longer: the parts of the devices follow each
+    other in memory, as a gather leaves them. Of kernels cut along their last dimension each part was transposed before it
+    was gathered, and once more where the optimizer met its gradient: 7 % of a step
+    (experiments/records/2026-11-29-scaling-fsdp-h200). A stack of fewer than 256 layers is cut within the layers.
 
     Args:
       axis: the mesh axis, or a tuple of them, over which params are cut; usually the one over which the batch is.

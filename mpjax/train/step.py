@@ -90,11 +90,10 @@ def make_train_step(
       axis: the mesh axis over which the rows of a batch lie, or a tuple of them. Params that are cut over it (`fsdp`) are
         made whole where `loss_fn` takes them, once in every micro-batch; a scanned stack of layers is one param, and so
         is whole at once. One that `loss_fn` does nothing with but cast to a half dtype moves in that: the same numbers.
-      reduce_dtype: in which gradients are summed over the devices, once a step: `"float32"`, or in half the bytes
-        `"bfloat16"` or `"float16"`, to which each device's share of the mean, scaled by the loss scale, is rounded before.
-        None: as GSPMD does. With it params are made whole once a step, and each device gets the part of a sum that it
-        holds of the param; `fsdp` saves the memory of optimizer state and of params between steps, while within one each
-        device holds all params and all gradients.
+      reduce_dtype: in which gradients are summed over the devices, once a step: `"float32"`, or `"bfloat16"`, which moves
+        half the bytes and rounds each device's gradients once, and their sum. None: as GSPMD does. With it params are made
+        whole once a step, and each device gets the part of a sum that it holds of the param; `fsdp` saves the memory of
+        optimizer state and of params between steps, while within one each device holds all params and all gradients.
 
     Returns:
       A `TrainStep`. Its metrics are scalar arrays: `loss`, `grad_norm` (unscaled, before clipping), `grads_finite`,

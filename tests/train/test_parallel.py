@@ -143,7 +143,7 @@ def test_gspmd_sums_gradients_in_the_dtype_of_their_product(dtype, short, tmp_pa
         ("fsdp", jnp.float16, 2, "float32", "f32"),
         ("data", jnp.float32, 2, "bfloat16", "bf16"),
         ("fsdp", jnp.bfloat16, 2, "bfloat16", "bf16"),
-        ("fsdp", jnp.bfloat16, 1, "float16", "f16"),
+        ("fsdp", jnp.float16, 1, "bfloat16", "bf16"),
     ],
 )
 def test_with_reduce_dtype_each_gradient_is_summed_once_in_it_behind_the_loop(
@@ -207,7 +207,7 @@ def test_a_param_with_a_use_beside_the_cast_keeps_its_dtype(reduce_dtype, tmp_pa
         ("fsdp+tensor", jnp.bfloat16, 1, mean_loss, "float32", 2e-2),
         ("data", jnp.bfloat16, 2, masked_loss, "bfloat16", 2e-2),
         ("fsdp+tensor", jnp.bfloat16, 1, masked_loss, "bfloat16", 2e-2),
-        ("fsdp", jnp.float32, 2, masked_loss, "float16", 2e-3),
+        ("fsdp", jnp.float32, 2, masked_loss, "bfloat16", 2e-2),
     ],
 )
 def test_reduced_apart_the_step_is_the_same(name, dtype, accumulate, loss, apart_in, tolerance):
@@ -329,10 +329,10 @@ def test_one_device_along_the_batchs_axis_has_nothing_to_sum():
     assert apart(found[1], found[0]) <= 2e-6
 
 
-def tiny(loss_fn, mstate=None, loss_scale=None, mesh=MESH, reduce_dtype="float32", **options):
+def tiny(loss_fn, mstate=None, mesh=MESH, reduce_dtype="float32", **options):
     """A state with one weight, its step under `reduce_dtype`, on eight devices."""
     model = mpjax.Model(lambda key: ({"w": jnp.ones(())}, mstate or {}), print)
-    state = mpjax.shard_state(TrainState.create(model, SGD, KEY, loss_scale=loss_scale), mesh)
+    state = mpjax.shard_state(TrainState.create(model, SGD, KEY), mesh)
     return state, make_train_step(loss_fn, SGD, mesh=mesh, reduce_dtype=reduce_dtype, **options)
 
 
@@ -350,9 +350,7 @@ def eight(**changes):
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize(
-    ("reduce_dtype", "summed"), [("float32", 1 + 2**-10), ("float16", 1 + 2**-10), ("bfloat16", 1.0)]
-)
+@pytest.mark.parametrize(("reduce_dtype", "summed"), [("float32", 1 + 2**-10), ("bfloat16", 1.0)])
 @pytest.mark.parametrize("mesh", [MESH, PLACEMENTS["tensor"].mesh], ids=["one axis", "two"])
 def test_each_devices_share_is_rounded_to_the_dtype_of_the_sum(mesh, reduce_dtype, summed):
     """Gradients of 1 + 2⁻¹⁰, which bfloat16 has not: their mean is exact in each dtype, and so is every sum on the way."""
@@ -364,23 +362,6 @@ def test_each_devices_share_is_rounded_to_the_dtype_of_the_sum(mesh, reduce_dtyp
     _, metrics = step(state, mpjax.shard_batch(np.full(8, 1 + 2**-10, np.float32), mesh))
     assert float(metrics["grad_norm"]) == summed and metrics["grad_norm"].dtype == jnp.float32
     assert float(metrics["loss"]) == 1 + 2**-10  # all but gradients is summed as it is
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_sum_in_float16_has_room_for_weights_and_none_for_more_than_it_holds():
-    """Its weights are tokens, ten thousand of them: gradients times weights, or their sum, would be infinite."""
-    state, step = tiny(weighted, reduce_dtype="float16", donate=False)
-    many = eight()
-    many["weight"] = many["weight"] * 10_000
-    after, metrics = step(state, many)
-    mean = float(np.average(np.asarray(many["x"]), weights=np.asarray(many["weight"])))
-    assert float(metrics["grad_norm"]) == pytest.approx(mean, rel=8 * 2**-11) and int(metrics["skipped"]) == 0
-    state, step = tiny(
-        lambda params, mstate, batch, rng: params["w"] * batch.mean(), reduce_dtype="float16",
-        loss_scale=mpjax.dynamic_loss_scale(2.0**14),
-    )  # fmt: skip
-    after, metrics = step(state, mpjax.shard_batch(np.full(8, 8, np.float32), MESH))
-    assert int(metrics["skipped"]) == 1 and float(after.params["w"]) == 1 and after.loss_scale.loss_scale == 2.0**13
 
 
 @pytest.mark.usefixtures("quick")
@@ -510,10 +491,8 @@ def test_a_key_of_another_kind_stays_one():
 def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="reduce_dtype='float32' came without a mesh; give mesh="):
         make_train_step(mean_loss(), SGD, reduce_dtype="float32")
-    with pytest.raises(
-        ValueError, match="got reduce_dtype='float8_e5m2'; legal are 'float32', 'bfloat16', 'float16', or"
-    ):
-        make_train_step(mean_loss(), SGD, reduce_dtype="float8_e5m2", mesh=MESH)
+    with pytest.raises(ValueError, match="got reduce_dtype='float16'; legal are 'float32', 'bfloat16', or None"):
+        make_train_step(mean_loss(), SGD, reduce_dtype="float16", mesh=MESH)
     with pytest.raises(ValueError, match="the mesh axis 'rows', which this mesh lacks; it has 'data'"):
         make_train_step(mean_loss(), SGD, mesh=MESH, axis="rows")
     state, step = tiny(weighted)

@@ -409,7 +409,7 @@ def test_a_linen_transformer_under_fsdp_and_tensor_parallelism():
         *itertools.product(["data"], [None, "float32"], [1, 2]),
         ("data", "bfloat16", 1),
         ("fsdp", None, 2),
-        ("fsdp", "float16", 1),
+        ("fsdp", "bfloat16", 1),
         ("tensor", "float32", 2),
     ],
 )
