@@ -156,7 +156,7 @@ def reached(record: Record) -> Iterator[str]:
             and case.accumulate == 1
         ):
             goal = GOALS[case.way]
-            verdict = f"which {most} are not" if most != 8 else "met" if compared[0] >= goal else "not met"
+            verdict = f"none for {most}" if most != 8 else "met" if compared[0] >= goal else "not met"
             yield f"{name}: found {compared[0]:.1%}, goal on 8 devices {goal:.0%}, {verdict}"
 
 
