@@ -279,6 +279,24 @@ def test_fault_05_an_infinite_norm_is_a_skip_never_a_zero_update(clip, accumulat
     assert np.isinf(metrics["grad_norm"]) and not bool(metrics["grads_finite"]) and np.isfinite(metrics["loss"])
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_fault_05_an_infinite_weight_is_a_skip_never_a_zero_update(accumulate):
+    """Each weight is finite, 3e38, but not their sum, by which every loss and gradient would be zero."""
+    optimizer = optax.sgd(1.0, momentum=0.9)
+    state = TrainState.create(LINEAR, optimizer, KEY, loss_scale=dynamic(1.0))
+    step = make_train_step(
+        lambda p, m, b, r: ((p["w"][None] * b["x"]).sum(), b["weight"].sum()),
+        optimizer,
+        accumulate=accumulate,
+        donate=False,
+    )
+    rows = 2 * accumulate
+    batch = {"x": np.ones((rows, 3), np.float32), "weight": np.full(rows, 3e38, np.float32)}
+    after, metrics = step(state, batch)
+    assert_skipped(state, after, metrics)
+    assert float(metrics["loss"]) == 0  # which is finite, as is the norm of one batch's gradient, 0
+
+
 def penalised(params: Any, mstate: Any, batch: Any, rng: Any) -> tuple[jax.Array, Aux]:
     x, y = batch
     h = jnp.tanh(x.astype(jnp.bfloat16) @ params["w"].astype(jnp.bfloat16)).astype(jnp.float32)

@@ -43,6 +43,7 @@ def gather(
     rng: jax.Array,
     loss_scale: LossScale,
     accumulate: int,
+    over: tuple[str, ...] = (),
 ) -> Gathered:
     """Differentiate `loss_fn` over a batch.
 
@@ -50,18 +51,24 @@ def gather(
         loss = s / w;  grads = g / w         (a loss without a weight has w_i = 1)
 
     `mstate` runs through the micro-batches in order, and the scale is constant within them.
+
+    Args:
+      over: axes of the `shard_map` in which this device has its rows of a batch. `grads` are then its part of the mean over all
+        rows, g / Σ w over the devices, so that their sum is that mean; all else is of its own rows.
     """
     rest = {name: tree for name, tree in mstate.items() if name != SINKS}
     sinks = mstate.get(SINKS, {})
 
-    def differentiate(mstate: MState, batch: Batch, rng: jax.Array) -> tuple[tuple, tuple[Params, PyTree]]:
-        loss_of = mean_loss(loss_fn, frozen, mstate, batch, rng)
+    def differentiate(
+        mstate: MState, batch: Batch, rng: jax.Array, over: tuple[str, ...] = ()
+    ) -> tuple[tuple, tuple[Params, PyTree]]:
+        loss_of = mean_loss(loss_fn, frozen, mstate, batch, rng, over)
         (_, parts), grads = value_and_scaled_grad(loss_of, loss_scale, (0, 1), has_aux=True)(trained, sinks)
         return parts, grads
 
     if accumulate == 1:
         check_batch(batch, 1)
-        (total, weight, new, metrics), (grads, sunk) = differentiate(rest, batch, rng)
+        (total, weight, new, metrics), (grads, sunk) = differentiate(rest, batch, rng, over)
         loss = total if weight is None else total / weight
         sunk = as_stored(sunk, sinks, SINKS)
         return Gathered(loss, total, grads, new, sunk, _float32(metrics), weight, all_finite(new))
@@ -80,7 +87,7 @@ def gather(
     shares = jnp.ones_like(totals) if weights is None else weights
     whole = shares.sum()
     means = jax.tree.map(lambda m: _weighted_mean(m, shares), metrics)
-    divisor = jnp.where(whole == 0, jnp.ones_like(whole), whole)  # no weight: no gradient, as without accumulation
+    divisor = _divisor(whole, over)
     grads = jax.tree.map(lambda g: g / divisor.astype(g.dtype), grads)
     loss = totals.sum() / whole
     return Gathered(
@@ -95,20 +102,30 @@ def gather(
     )
 
 
-def mean_loss(loss_fn: Callable, frozen: Params, mstate: MState, batch: Batch, rng: jax.Array) -> Callable:
+def mean_loss(
+    loss_fn: Callable, frozen: Params, mstate: MState, batch: Batch, rng: jax.Array, over: tuple[str, ...] = ()
+) -> Callable:
     """What a step differentiates: `(trained, sinks) -> (mean loss, (total, weight, new mstate, metrics))`.
 
     Args:
       mstate: without the reserved collection, which `sinks` is.
+      over: as `gather` takes it; the mean loss is then this device's part of it.
     """
 
     def loss_of(trained: Params, sinks: PyTree) -> tuple[jax.Array, tuple]:
         full = {**mstate, SINKS: sinks} if sinks else mstate
         total, weight, aux = _read(loss_fn(merge_trainable(trained, frozen), full, batch, rng), full)
-        mean = total if weight is None else total / jnp.where(weight == 0, jnp.ones_like(weight), weight)
+        bare = weight is None and not over
+        mean = total if bare else total / _divisor(jnp.ones_like(total) if weight is None else weight, over)
         return mean, (total, weight, _without_sinks(aux.mstate, mstate), aux.metrics)
 
     return loss_of
+
+
+def _divisor(weight: jax.Array, over: tuple[str, ...]) -> jax.Array:
+    """By what a sum of losses is divided: their weight on all devices, or 1 where that is zero and nothing will be applied."""
+    whole = jax.lax.psum(weight, over) if over else weight
+    return jnp.where(whole == 0, jnp.ones_like(whole), whole)
 
 
 def cut(batch: Batch, parts: int) -> Batch:

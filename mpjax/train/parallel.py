@@ -59,7 +59,7 @@ def gather_apart(
 
         on device d:  loss_d, g_d, w_d = gather(loss_fn, …, rows of d, fold_in(rng, d))      w_d = 1 without weights
         loss = Σ_d w_d · loss_d / Σ_d w_d;  metrics likewise;  mstate = its mean over d
-        grads = float32(Σ_d reduce_dtype(w_d · g_d)) / Σ_d w_d
+        grads = float32(Σ_d reduce_dtype(g_d))               g_d is the part of d in the gradient of that mean
 
     Left to GSPMD, the sum over devices is part of the product that makes a gradient and runs in that product's dtype.
     Axes of the mesh other than `axis` stay with GSPMD (tensor parallelism goes on inside). Params cut over `axis` itself
@@ -101,7 +101,7 @@ def gather_apart(
             used = dtypes_used(loss_fn, structure.unflatten(shapes), mstate, micro, rng)
             params = list(map(made_whole, params, cuts, used))
         trained, frozen = split_trainable(structure.unflatten(params), mask)
-        found = gather(loss_fn, trained, frozen, mstate, batch, rng, loss_scale, accumulate)
+        found = gather(loss_fn, trained, frozen, mstate, batch, rng, loss_scale, accumulate, names)
         kept = [cut for cut, keep in zip(cuts, mask, strict=True) if keep]
         return _combined(found, names, devices, index == 0, kept, reduce_dtype, widened)
 
@@ -154,23 +154,20 @@ def _combined(
     weight = None if found.weight is None else added(found.weight)
     share = jnp.ones_like(found.loss) if found.weight is None else found.weight
     all_shares = jnp.asarray(devices, share.dtype) if weight is None else weight
-    divisor = jnp.where(all_shares == 0, jnp.ones_like(all_shares), all_shares)  # no weight: no gradient
 
     def mean(x: jax.Array) -> jax.Array:  # a device without weight has no say in a metric, whatever its value
         part = share.astype(x.dtype)
         return added(jnp.where(part == 0, jnp.zeros_like(x), part * x)) / all_shares.astype(x.dtype)
 
     def summed(g: jax.Array, cut: list[tuple[str, ...]]) -> jax.Array:
-        part = share.astype(g.dtype) * g
         if reduce_dtype != jnp.bfloat16:
-            return summed_and_cut(part, cut, axis)
+            return summed_and_cut(g, cut, axis)
         if widened:
-            return _rounded(summed_and_cut(_rounded(part), cut, axis))
-        return summed_and_cut(part.astype(reduce_dtype), cut, axis).astype(g.dtype)
+            return _rounded(summed_and_cut(_rounded(g), cut, axis))
+        return summed_and_cut(g.astype(reduce_dtype), cut, axis).astype(g.dtype)
 
-    parts: list[jax.Array] = jax.tree.leaves(found.grads)
     structure: Any = jax.tree.structure(found.grads)
-    grads = [summed(g, cut) / divisor.astype(g.dtype) for g, cut in zip(parts, cuts, strict=True)]
+    grads = list(map(summed, jax.tree.leaves(found.grads), cuts))
     return Gathered(
         loss=added(found.total) / all_shares,
         total=added(found.total),

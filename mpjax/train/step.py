@@ -58,7 +58,7 @@ def make_train_step(
 
         grads  = Σ over micro-batches of float32(∇ (scale · float32 loss)) / scale
         update = optimizer(clip(grads), float32(params))
-        finite = loss, |grads|, new mstate and new params are all finite, and the total weight is not zero
+        finite = loss, |grads|, weight, new mstate and new params are all finite, and the total weight is not zero
         state  = finite ? everything new : everything old;  then scale = adjust(scale, finite)
 
     A skipped step leaves every byte of params, optimizer state, moving average and mstate as it was; only the loss scale
@@ -201,7 +201,10 @@ class TrainStep:
         finite = jnp.isfinite(norm) & jnp.isfinite(found.loss) & found.mstate_finite
         if self.skip != "gradients":  # XLA reads params and moments for it before it writes any
             finite &= all_finite(new.params if self.placed else bundled(new.params))
-        weightless = jnp.array(False) if found.weight is None else found.weight == 0
+        weightless = jnp.array(False)
+        if found.weight is not None:
+            weightless = found.weight == 0
+            finite &= jnp.isfinite(found.weight)  # by an infinite one every loss and gradient is zero
         if self.skip == "off":
             kept, skipped = new, jnp.zeros((), jnp.int32)
         else:
