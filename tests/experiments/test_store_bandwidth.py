@@ -37,18 +37,21 @@ def test_a_size_that_no_params_have_is_refused(size):
 
 def test_each_way_is_measured_and_files_are_cut_as_told(tmp_path, monkeypatch):
     monkeypatch.setattr(arrays, "FILE_BYTES", 2**16)
-    config = store_bandwidth.Config(bytes=10**6, layers=1, repeats=1, workdir=str(tmp_path))
+    size = 4 * 10**6
+    config = store_bandwidth.Config(bytes=size, layers=1, repeats=1, workdir=str(tmp_path))
     rounds = store_bandwidth.main(config)
     assert rounds.keys() == store_bandwidth.WAYS.keys()
     for name, (found,) in rounds.items():
         assert 0 < found["save returns"] <= found["saved"] and min(found.values()) > 0
         assert found["restored, cold"] > 0 and found["restored, cached"] > 0
-        assert 0.9e6 < found["bytes on disk"] < 1.1e6  # random float32 compress by 7 %
+        assert 0.9 * size < found["bytes on disk"] < 1.1 * size  # random float32 compress by 7 %
         parts = [found[part] for part in store_bandwidth.PARTS.values() if part in found]
         assert len(parts) == (3 if name.startswith("mpjax") else 0)
         assert sum(parts) < found["saved"] + found["restored, cached"]
     cut, whole = rounds["mpjax"][0]["files"], rounds["mpjax, files as Orbax cuts them"][0]["files"]
-    assert cut >= whole + 10**6 // 2**16 // 2  # Orbax packs whole arrays and chunks into a file as long as it is short
+    # Orbax packs whole arrays and chunks into a file as long as it is short, and how many files that makes hangs on its
+    # threads: 49 to 53, and 15 to 20 where it cuts them itself.
+    assert cut >= whole + size // 2**16 // 3
     folder = tmp_path
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "table.json", "table.md"]
     assert json.loads((folder / "table.json").read_text())["rounds"] == rounds
