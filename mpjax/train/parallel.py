@@ -103,7 +103,8 @@ def gather_apart(
         trained, frozen = split_trainable(structure.unflatten(params), mask)
         found = gather(loss_fn, trained, frozen, mstate, batch, rng, loss_scale, accumulate, names)
         kept = [cut for cut, keep in zip(cuts, mask, strict=True) if keep]
-        return _combined(found, names, devices, index == 0, kept, reduce_dtype, widened)
+        grads = _summed(found.grads, kept, names, reduce_dtype, widened)
+        return _combined(found, names, devices, index == 0)._replace(grads=grads)
 
     out = Gathered._make([whole] * len(Gathered._fields))._replace(
         grads=split_trainable(structure.unflatten(specs), mask)[0]
@@ -136,17 +137,25 @@ def _boxes_opened(loss_fn: Callable, axis: tuple[str, ...]) -> Callable:
     return lambda params, *rest: loss_fn(jax.tree.map(opened, params, is_leaf=is_box), *rest)
 
 
-def _combined(
-    found: Gathered,
-    axis: tuple[str, ...],
-    devices: int,
-    first: jax.Array,
-    cuts: list[list[tuple[str, ...]]],
-    reduce_dtype: np.dtype,
-    widened: bool,
-) -> Gathered:
-    """What the devices found, as if one had: means by weight, and the same on every device, but for gradients of params
-    that are cut up."""
+def _summed(
+    grads: Params, cuts: list[list[tuple[str, ...]]], axis: tuple[str, ...], reduce_dtype: np.dtype, widened: bool
+) -> Params:
+    """Gradients added up over the devices in `reduce_dtype`, or, widened, in float32 of what that holds."""
+
+    def summed(g: jax.Array, cut: list[tuple[str, ...]]) -> jax.Array:
+        if reduce_dtype != jnp.bfloat16:
+            return summed_and_cut(g, cut, axis)
+        if widened:
+            return _rounded(summed_and_cut(_rounded(g), cut, axis))
+        return summed_and_cut(g.astype(reduce_dtype), cut, axis).astype(g.dtype)
+
+    leaves: list[jax.Array] = jax.tree.leaves(grads)
+    structure: Any = jax.tree.structure(grads)
+    return structure.unflatten([summed(g, cut) for g, cut in zip(leaves, cuts, strict=True)])
+
+
+def _combined(found: Gathered, axis: tuple[str, ...], devices: int, first: jax.Array) -> Gathered:
+    """What the devices found, as if one had: means by weight, and the same on every device. Gradients are left as they are."""
 
     def added(tree: PyTree) -> PyTree:
         return jax.lax.psum(tree, axis)
@@ -159,19 +168,9 @@ def _combined(
         part = share.astype(x.dtype)
         return added(jnp.where(part == 0, jnp.zeros_like(x), part * x)) / all_shares.astype(x.dtype)
 
-    def summed(g: jax.Array, cut: list[tuple[str, ...]]) -> jax.Array:
-        if reduce_dtype != jnp.bfloat16:
-            return summed_and_cut(g, cut, axis)
-        if widened:
-            return _rounded(summed_and_cut(_rounded(g), cut, axis))
-        return summed_and_cut(g.astype(reduce_dtype), cut, axis).astype(g.dtype)
-
-    structure: Any = jax.tree.structure(found.grads)
-    grads = list(map(summed, jax.tree.leaves(found.grads), cuts))
-    return Gathered(
+    return found._replace(
         loss=added(found.total) / all_shares,
         total=added(found.total),
-        grads=structure.unflatten(grads),
         mstate=jax.tree.map(lambda x: _agreed(x, axis, first), found.mstate),
         sinks=added(found.sinks),
         metrics=jax.tree.map(mean, found.metrics),
