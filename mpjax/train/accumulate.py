@@ -54,7 +54,8 @@ def gather(
 
     Args:
       over: axes of the `shard_map` in which this device has its rows of a batch. `grads` are then its part of the mean over all
-        rows, g / Σ w over the devices, so that their sum is that mean; all else is of its own rows.
+        rows, g / Σ w over the devices, so that their sum is that mean; all else is of its own rows. Micro-batches are
+        differentiated as without, each by its own weight: a sum of weights in each would be one more wait for all devices.
     """
     rest = {name: tree for name, tree in mstate.items() if name != SINKS}
     sinks = mstate.get(SINKS, {})
