@@ -26,6 +26,7 @@ from tests.train.meshes import needs_eight
 SMALL = dataclasses.replace(TINY["gpt-1.3b"], layers=1)
 QUICK = ["--tiny", "--losses=2", "--steps=1", "--blocks=2", "--profile=0"]
 CHUNKS = 4
+REDUCED = get_args(spread.Reduced)
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +51,6 @@ def ran(tmp_path_factory):
 
 def record(ran):
     return json.loads((ran[1] / "gpt-1.3b-scaling.json").read_text())
-
-
-REDUCED = get_args(spread.Reduced)
 
 
 def found(ran, reduce):
