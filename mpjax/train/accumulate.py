@@ -88,8 +88,8 @@ def gather(
     shares = jnp.ones_like(totals) if weights is None else weights
     whole = shares.sum()
     means = jax.tree.map(lambda m: _weighted_mean(m, shares), metrics)
-    divisor = _divisor(whole, over)
-    grads = jax.tree.map(lambda g: g / divisor.astype(g.dtype), grads)
+    divisor = _divisor(accumulate if weights is None else whole, over)
+    grads = jax.tree.map(lambda g: g / jnp.asarray(divisor, g.dtype), grads)
     loss = totals.sum() / whole
     return Gathered(
         loss,
@@ -116,17 +116,19 @@ def mean_loss(
     def loss_of(trained: Params, sinks: PyTree) -> tuple[jax.Array, tuple]:
         full = {**mstate, SINKS: sinks} if sinks else mstate
         total, weight, aux = _read(loss_fn(merge_trainable(trained, frozen), full, batch, rng), full)
-        bare = weight is None and not over
-        mean = total if bare else total / _divisor(jnp.ones_like(total) if weight is None else weight, over)
+        mean = total / _divisor(1 if weight is None else weight, over)
         return mean, (total, weight, _without_sinks(aux.mstate, mstate), aux.metrics)
 
     return loss_of
 
 
-def _divisor(weight: jax.Array, over: tuple[str, ...]) -> jax.Array:
-    """By what a sum of losses is divided: their weight on all devices, or 1 where that is zero and nothing will be applied."""
+def _divisor(weight: jax.Array | int, over: tuple[str, ...]) -> jax.Array | int:
+    """By what a sum of losses is divided: their weight on all devices, or 1 where that is zero and nothing will be applied.
+
+    A number stays one: jax multiplies it by the number of devices, which else would wait for each other before the backward pass.
+    """
     whole = jax.lax.psum(weight, over) if over else weight
-    return jnp.where(whole == 0, jnp.ones_like(whole), whole)
+    return whole if isinstance(whole, int) else jnp.where(whole == 0, jnp.ones_like(whole), whole)
 
 
 def cut(batch: Batch, parts: int) -> Batch:

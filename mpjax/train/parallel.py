@@ -160,6 +160,7 @@ def _combined(found: Gathered, axis: tuple[str, ...], devices: int, first: jax.A
     def added(tree: PyTree) -> PyTree:
         return jax.lax.psum(tree, axis)
 
+    total = added(found.total)
     weight = None if found.weight is None else added(found.weight)
     share = jnp.ones_like(found.loss) if found.weight is None else found.weight
     all_shares = jnp.asarray(devices, share.dtype) if weight is None else weight
@@ -169,14 +170,18 @@ def _combined(found: Gathered, axis: tuple[str, ...], devices: int, first: jax.A
         return added(jnp.where(part == 0, jnp.zeros_like(x), part * x)) / all_shares.astype(x.dtype)
 
     return found._replace(
-        loss=added(found.total) / all_shares,
-        total=added(found.total),
+        loss=total / all_shares,
+        total=total,
         mstate=jax.tree.map(lambda x: _agreed(x, axis, first), found.mstate),
         sinks=added(found.sinks),
         metrics=jax.tree.map(mean, found.metrics),
         weight=weight,
-        mstate_finite=added((~found.mstate_finite).astype(jnp.int32)) == 0,
+        mstate_finite=_everywhere(found.mstate_finite, axis) if jax.tree.leaves(found.mstate) else found.mstate_finite,
     )
+
+
+def _everywhere(true: jax.Array, axis: tuple[str, ...]) -> jax.Array:
+    return jax.lax.psum((~true).astype(jnp.int32), axis) == 0
 
 
 def _rounded(x: jax.Array) -> jax.Array:

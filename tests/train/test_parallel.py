@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,13 @@ import pytest
 from flax import linen as nn
 
 import mpjax
+from mpjax.core.model import Model
 from mpjax.train.parallel import _agreed
 from mpjax.train.state import Aux, TrainState
 from mpjax.train.step import make_train_step
 from tests.train.meshes import (
     KEY,
+    KINDS,
     PLACEMENTS,
     TENSOR,
     WIDTHS,
@@ -160,6 +163,22 @@ def test_with_reduce_dtype_each_gradient_is_summed_once_in_it_behind_the_loop(
         assert sorted(c.kind for c in found) == sorted(["all-reduce"] * 2 + [kernels] * 2)
         assert {c.dtype for c in found} == {summed}
         assert not any(c.looped for c in collectives(hlo))
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_step_without_weight_and_state_has_one_sum_over_the_devices(accumulate):
+    """Of gradients and loss, behind the backward pass. How many devices there are, and that a state which does not exist is
+    finite, is known without asking them: each of these was a wait of its own.
+    """
+    model = Model(lambda rng, *sample: ({"w": jnp.ones(WIDTHS[:2])}, {}), lambda params, *rest, **more: rest)
+    state = mpjax.shard_state(TrainState.create(model, SGD, KEY, None), MESH)
+    step = make_train_step(
+        lambda params, mstate, batch, rng: jnp.tanh(batch["x"] @ params["w"]).mean(), SGD,
+        accumulate=accumulate, mesh=MESH, reduce_dtype="float32",
+    )  # fmt: skip
+    hlo = step.lower(state, mpjax.shard_batch(batch_of(MANY), MESH)).compile().as_text()
+    assert sorted(c.shape for c in collectives(hlo)) == [(), WIDTHS[:2]]
+    assert len(re.findall(rf" (?:{KINDS})(?:-start)?\(", hlo)) == 1
 
 
 # ---- in which dtype cut params are made whole ------------------------------------------------------------------------
