@@ -188,6 +188,7 @@ def test_what_is_refused_is_refused_on_both(both):
         "rows": ("ValueError", "3 rows of this process, which its 2 parts of mesh axis 'data' cannot share evenly"),
         "misfit": ("CheckpointError", "more: not in the checkpoint"),
         "none": ("FileNotFoundError", "no step in"),
+        "poisoned": ("NonFiniteError", "gradient leaf: down; batch/y holds nan before the step begins"),
         "disk": ("OSError", "no space left on device"),
     }
     for found in both[1]:

@@ -118,6 +118,13 @@ class Pair:
             eval_step=mpjax.make_eval_step(eval_fn), eval_batches=[self.rows(100)], eval_every=3,
         )  # fmt: skip
 
+    def poisoned(self) -> None:
+        """Train on nothing but the batch of which process 1 has the NaN."""
+        mpjax.fit(
+            self.step, self.like(), lambda _: self.rows(SPOILED), attempts=9, max_consecutive_skips=2,
+            hooks=[mpjax.CulpritHook()],
+        )  # fmt: skip
+
 
 def over_two_axes(me: int) -> list[Any]:
     """A batch where each process holds half of the rows, and where it holds all, since the other axis lies across them."""
@@ -198,6 +205,7 @@ def everything(pair: Pair) -> None:
         "rows": refused(lambda: mpjax.shard_batch({"x": np.ones((3, 2))}, pair.mesh, process_local=True)),
         "misfit": refused(lambda: beside.restore(tree | ({"more": np.ones(1)} if me else {}))),
         "none": refused(lambda: mpjax.Checkpointer(folder / "nowhere").restore(tree)),
+        "poisoned": refused(pair.poisoned),
     }
     found["refused"]["disk"] = refused(lambda: save_with_a_full_disk(beside, tree, me))
     beside.save(tree, 3)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax._src import distributed  # jax has no public door to its key-value store; Orbax and Flax come in here too
+from jax.sharding import NamedSharding, PartitionSpec
 
 WAIT = 600.0
 """Seconds for which a process waits for the others, unless it is told otherwise."""
@@ -133,6 +134,21 @@ def is_local(x: Any) -> bool:
     (True, True)
     """
     return not isinstance(x, jax.Array) or x.is_fully_addressable
+
+
+def fetched(tree: Any) -> Any:
+    """A tree whose leaves this process can read: what is spread over several is sent to all, and all ask for it alike.
+
+    >>> fetched({"mine": np.arange(2), "number": 3})
+    {'mine': array([0, 1]), 'number': 3}
+    """
+
+    def leaf(x: Any) -> Any:
+        if is_local(x):
+            return x
+        return jax.device_put(x, NamedSharding(x.sharding.mesh, PartitionSpec())).addressable_data(0)
+
+    return jax.tree.map(leaf, tree)
 
 
 def digest(x: Any) -> str:

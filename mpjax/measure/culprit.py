@@ -13,6 +13,7 @@ import optax
 
 from mpjax.core.dtypes import facts
 from mpjax.core.model import SINKS, Model
+from mpjax.core.processes import fetched
 from mpjax.core.tree import path_of
 from mpjax.core.types import Batch
 from mpjax.measure.origins import Origin, Run, first_origin
@@ -106,7 +107,7 @@ def diagnose(
     memory of one without fusions, updates nothing and leaves the state alive.
 
     Each operation rounds to its own dtype, as written; compiled, XLA may have kept more digits between two of them. On a
-    mesh the whole batch is looked at, as one device would.
+    mesh the whole batch is looked at, as one device would; of several processes all call this, and each looks at all of it.
 
     Args:
       model: whose step it is. Paths are read off the program, so it is only named; None will do for a bare loss.
@@ -134,6 +135,7 @@ def diagnose(
 
 
 def _diagnosed(step: TrainStep, state: TrainState, batch: Batch, with_update: bool) -> Culprit | None:
+    state, batch = fetched((state, batch))
     scale = float(np.asarray(state.loss_scale.loss_scale))
     state = dataclasses.replace(state, mstate={k: v for k, v in state.mstate.items() if k != SINKS})
     run = Run()

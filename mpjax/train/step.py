@@ -272,8 +272,9 @@ class TrainStep:
 
         It differentiates once more, updates nothing and leaves the state alive. The scale is the state's own.
         """
-        found = jax.jit(lambda params: self.gathered(dataclasses.replace(state, params=params), batch))(state.params)
-        keyed = jax.tree_util.tree_flatten_with_path(found.grads)[0]
+        # Handed in, not closed over: arrays of several processes cannot be constants.
+        grads = jax.jit(lambda state, batch: self.gathered(state, batch).grads)(state, batch)
+        keyed = jax.tree_util.tree_flatten_with_path(grads)[0]
         return next((path_of(keys) for keys, x in keyed if not bool(all_finite(x))), None)
 
 
