@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mpjax.core.dtypes import wide
 from mpjax.core.types import Params
-from mpjax.train.specs import Axis
+from mpjax.train.specs import Axis, is_box
 
 
 def over_gathered_params(loss_fn: Callable, placed: Sequence[Any], axis: Axis) -> Callable:
@@ -33,6 +33,7 @@ def over_gathered_params(loss_fn: Callable, placed: Sequence[Any], axis: Axis) -
     cut_here = [any(along(cut, axis)) for cut in placed]
     if not any(cut_here):
         return loss_fn
+    loss_fn = boxes_opened(loss_fn, axis)
 
     def gathered(x: jax.Array, cut: Any, here: bool, used: np.dtype) -> jax.Array:
         if not here:
@@ -48,6 +49,17 @@ def over_gathered_params(loss_fn: Callable, placed: Sequence[Any], axis: Axis) -
         return loss_fn(structure.unflatten(whole), *rest)
 
     return over
+
+
+def boxes_opened(loss_fn: Callable, axis: Axis) -> Callable:
+    """`loss_fn`, whose params' Linen boxes (`nn.with_partitioning`) do not name the batch's axes: under `jax.set_mesh` Flax asks
+    for that placement where a box is opened, which would undo the gather, and inside `shard_map` can not be had."""
+
+    def opened(x: Any) -> Any:
+        names = getattr(x, "names", None) if is_box(x) else None
+        return x.replace(names=tuple(_entry(entry, axis, False) for entry in names)) if names else x
+
+    return lambda params, *rest: loss_fn(jax.tree.map(opened, params, is_leaf=is_box), *rest)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

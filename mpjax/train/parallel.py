@@ -13,9 +13,9 @@ from jax.sharding import Mesh, PartitionSpec
 from mpjax.core.dtypes import canonical, wide
 from mpjax.core.types import Batch, DTypeLike, MState, Params, PyTree
 from mpjax.numerics.loss_scale import LossScale
-from mpjax.train.accumulate import Gathered, cut as micro_batches, gather
-from mpjax.train.fully_sharded import along, dtypes_used, made_whole, summed_and_cut
-from mpjax.train.specs import Axis, automatic, devices_along, is_box
+from mpjax.train.accumulate import Gathered, check_batch, cut as micro_batches, gather
+from mpjax.train.fully_sharded import along, boxes_opened, dtypes_used, made_whole, summed_and_cut
+from mpjax.train.specs import Axis, automatic, devices_along
 from mpjax.train.state import merge_trainable, split_trainable
 
 SUMS = ("float32", "bfloat16")
@@ -78,7 +78,8 @@ def gather_apart(
         rng = jax.random.fold_in(rng, 0)
         return gather(loss_fn, trained, frozen, mstate, batch, rng, loss_scale, accumulate)
 
-    loss_fn = _boxes_opened(loss_fn, names)
+    check_batch(batch, devices)  # a table beside the rows would be cut as they are
+    loss_fn = boxes_opened(loss_fn, names)
     params = merge_trainable(trained, frozen)
     leaves: list[jax.Array] = jax.tree.leaves(params)
     structure: Any = jax.tree.structure(params)
@@ -119,22 +120,6 @@ def gather_apart(
         check_vma=False,
     )
     return apart(batch, leaves, mstate, rng, loss_scale)
-
-
-def _boxes_opened(loss_fn: Callable, axis: tuple[str, ...]) -> Callable:
-    """`loss_fn`, whose params' Linen boxes (`nn.with_partitioning`) do not name the axes over which each device is alone: Flax
-    would ask for that placement where the box is opened, and inside `shard_map` none of it can be had."""
-
-    def opened(x: Any) -> Any:
-        named = getattr(x, "names", None) if is_box(x) else None
-        if not named:
-            return x
-        kept = (
-            tuple(n for n in ((entry,) if isinstance(entry, str) else entry or ()) if n not in axis) for entry in named
-        )
-        return x.replace(names=tuple(entry or None for entry in kept))
-
-    return lambda params, *rest: loss_fn(jax.tree.map(opened, params, is_leaf=is_box), *rest)
 
 
 def _summed(

@@ -15,12 +15,14 @@ from flax import linen as nn
 import mpjax
 from mpjax.core.model import Model
 from mpjax.train.parallel import _agreed
+from mpjax.train.specs import automatic
 from mpjax.train.state import Aux, TrainState
 from mpjax.train.step import make_train_step
 from tests.train.meshes import (
     KEY,
     KINDS,
     PLACEMENTS,
+    ROWS,
     TENSOR,
     WIDTHS,
     agree,
@@ -307,11 +309,12 @@ class Boxed(nn.Module):
     """Its kernel lies where its box says."""
 
     names: tuple
+    width: int = 16
 
     @nn.compact
     def __call__(self, x_BxD):
         init = nn.with_partitioning(nn.initializers.lecun_normal(), self.names)
-        return nn.Dense(16, kernel_init=init, name="up")(x_BxD)
+        return nn.Dense(self.width, kernel_init=init, name="up")(x_BxD)
 
 
 @pytest.mark.usefixtures("quick")
@@ -333,6 +336,18 @@ def test_reduced_apart_boxes_that_name_the_batchs_axis_are_opened(names):
         assert placements_of(state) == before and isinstance(state.params["up"]["kernel"], nn.Partitioned)
         found.append(jax.device_get((metrics, state.params)))
     assert apart(found[1], found[0]) <= 2e-6
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_box_that_asks_for_its_place_does_not_undo_the_gather():
+    """Under `jax.set_mesh` Flax cut the kernel up again, and every device computed its columns for all rows."""
+    model, batch = mpjax.wrap(Boxed((None, "data"), 512), "float32"), batch_of()["y"]
+    with jax.set_mesh(automatic(MESH)):
+        state = mpjax.shard_state(TrainState.create(model, SGD, KEY, batch), MESH)
+        step = make_train_step(lambda p, m, x, rng: jnp.square(model.apply(p, m, x)[0]).mean(), SGD, mesh=MESH)
+        found = collectives(step.lower(state, mpjax.shard_batch(batch, MESH)).compile().as_text())
+    assert {c.shape for c in found if c.kind == "all-gather"} == {(16, 512)}
+    assert not [c for c in found if ROWS in c.shape]
 
 
 @pytest.mark.usefixtures("quick")
@@ -517,6 +532,8 @@ def test_settings_that_make_no_sense_are_refused():
     state, step = tiny(weighted)
     with pytest.raises(ValueError, match="has 12 rows, which the 8 devices of mesh axis 'data' cannot share evenly"):
         step(state, {"x": np.ones(12), "weight": np.ones(12)})
+    with pytest.raises(ValueError, match=r"axes differ, \{'weight of a class': 8, 'x': 48\}; give every leaf"):
+        step(state, {"x": np.ones(48), "weight of a class": np.ones(8)})
 
 
 @pytest.mark.parametrize("reduce_dtype", [None, "float32"])
