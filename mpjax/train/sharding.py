@@ -34,6 +34,7 @@ def state_shardings(state: TrainState, mesh: Mesh, rules: Rules = None) -> Train
     Args:
       state: a `TrainState` of arrays or `ShapeDtypeStruct`s.
       mesh: its axes are taken as `Auto`, also where `jax.make_mesh` made them `Explicit`: jit places the activations.
+        Batches that you place without `shard_batch`, and what you give to `jax.set_mesh`, must then lie on `Auto` axes, too.
       rules: from glob to `PartitionSpec`, `"fsdp"` or `fsdp(…)`, in the language of a `PolicyMap` (`"head"` means what is
         below it too; `"re:…"` is a regex over the whole path of a param). Alone, `"fsdp"` or `fsdp(…)` holds for all.
 

@@ -87,6 +87,17 @@ def automatic(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
+def refuse_explicit_around(mesh: Mesh) -> None:
+    """Refuse a step on `Auto` axes under a `jax.set_mesh` of `Explicit` ones, which jax does at its first sum."""
+    around = jax.sharding.get_abstract_mesh()
+    if AxisType.Explicit in around.axis_types and AxisType.Explicit not in mesh.axis_types:
+        raise ValueError(
+            f"jax.set_mesh has set a mesh of Explicit axes, {', '.join(map(repr, around.axis_names))}, as jax.make_mesh makes "
+            "them, and the state lies on Auto ones, as shard_state places it; leave jax.set_mesh out, or make that mesh with "
+            f"axis_types=(jax.sharding.AxisType.Auto,) * {len(around.axis_names)}"
+        )
+
+
 class Placement:
     """Which rule placed which param, and where each leaf of the params lies, by its key path."""
 

@@ -23,7 +23,7 @@ from mpjax.train.accumulate import Gathered, as_stored, gather
 from mpjax.train.fully_sharded import over_gathered_params
 from mpjax.train.parallel import gather_apart, sum_dtype
 from mpjax.train.sharding import check_rows
-from mpjax.train.specs import Axis, devices_along
+from mpjax.train.specs import Axis, devices_along, refuse_explicit_around
 from mpjax.train.state import TrainState, merge_trainable, split_trainable
 
 LossFn = Callable[..., Any]
@@ -163,6 +163,7 @@ class TrainStep:
         placement = (structure, *(x.sharding for x in leaves))
         known = self._placed  # type: ignore[attr-defined]
         if placement not in known:
+            refuse_explicit_around(state.step.sharding.mesh)
             shardings = jax.tree.unflatten(structure, placement[1:])
             placed = tuple(jax.tree.leaves(shardings.params))
             apart = self.reduce_dtype is not None

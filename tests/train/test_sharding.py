@@ -203,6 +203,19 @@ def test_every_axis_is_automatic():
     assert set(mpjax.shard_batch(batch_of(), GRID)["x"].sharding.mesh.axis_types) == {AxisType.Auto}
 
 
+def test_a_step_under_a_mesh_of_explicit_axes_is_refused():
+    """jax would: "For primitive add, context mesh … should match the aval mesh"."""
+    state, step = mpjax.shard_state(created(), MESH), make_train_step(mean_loss(), ADAM, mesh=MESH)
+    batch = mpjax.shard_batch(batch_of(), MESH)
+    with (
+        jax.set_mesh(MESH),
+        pytest.raises(ValueError, match=r"mesh of Explicit axes, 'data', .* leave jax.set_mesh out"),
+    ):
+        step(state, batch)
+    with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))):
+        assert step.lower(state, batch)
+
+
 # ---- Flax's own metadata ---------------------------------------------------------------------------------------------
 
 
