@@ -890,12 +890,20 @@ def test_fault_21_donation_changes_no_number_and_frees_nothing_of_the_callers(do
     model.apply(params, mstate, sample)  # still alive
 
 
-def test_fault_21_a_use_of_the_donated_state_is_a_clear_error():
+def test_fault_21_a_use_of_the_donated_state_is_a_clear_error(tmp_path):
     optimizer = optax.sgd(0.1)
     state, step = TrainState.create(LINEAR, optimizer, KEY), make_train_step(mean_loss, optimizer)
     step(state, (X, Y))
-    with pytest.raises(ValueError, match=r"this TrainState was donated to an earlier step and is gone.*donate=False"):
-        step(state, (X, Y))
+    for use in (
+        lambda: step(state, (X, Y)),
+        lambda: mpjax.fit(step, state, lambda n: (X, Y), attempts=2),  # a notebook's cell, run again
+        lambda: mpjax.evaluate(mpjax.make_eval_step(lambda p, m, batch: {"n": p["b"].sum()}), state, [(X, Y)]),
+        lambda: mpjax.shard_state(state, jax.make_mesh((1,), ("data",))),
+        lambda: mpjax.time_step(step, state, (X, Y)),
+        lambda: mpjax.Checkpointer(tmp_path / "run").save(state),
+    ):
+        with pytest.raises(ValueError, match=r"this TrainState was donated to an earlier step and is gone.*donate=False"):
+            use()
 
 
 # ---- 34: no host sync ------------------------------------------------------------------------------------------------

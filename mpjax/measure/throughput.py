@@ -14,7 +14,7 @@ from mpjax.core.types import Batch
 from mpjax.measure.audit import Audit
 from mpjax.measure.rates import FORMATS
 from mpjax.measure.timing import Clock, Timing, time_blocks
-from mpjax.train.state import TrainState
+from mpjax.train.state import TrainState, refuse_donated
 from mpjax.train.step import TrainStep
 
 
@@ -55,6 +55,7 @@ def time_step(
     >>> len(time_step(step, state, jnp.ones((4, 2)), warmup=1, blocks=2, steps_per_block=1).seconds), int(state.step)
     (2, 0)
     """
+    refuse_donated(state)
     latest = jax.tree.map(_copy, state)
     batch = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, batch)
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mpjax.core.types import Batch, MState, Params, PyTree
+from mpjax.train.state import refuse_donated
 
 EvalFn = Callable[[Params, MState, Batch], dict[str, Any]]
 EvalStep = Callable[[Any, Batch], dict[str, tuple[jax.Array, jax.Array]]]
@@ -82,12 +83,13 @@ def evaluate(
       From name to mean; NaN where the total weight is zero.
 
     Raises:
-      ValueError: no batches.
+      ValueError: no batches, or a state that was donated to a step.
 
     >>> eval_step = lambda state, x: {"loss": (x.sum(), jnp.float32(x.size))}  # or from make_eval_step
     >>> evaluate(eval_step, None, [jnp.ones(3), jnp.zeros(1)])
     {'loss': 0.75}
     """
+    refuse_donated(state)
     if cast is not None:
         state = dataclasses.replace(state, params=jax.jit(cast)(state.averaged_params), ema=None)
     total: PyTree = None

@@ -75,7 +75,7 @@ def fit(
 
     Raises:
       NonFiniteError: too many skips in a row. Params are still those of the last good step.
-      ValueError: settings that do not fit together.
+      ValueError: settings that do not fit together, or a state that was donated before: a cell that is run twice.
 
     >>> from mpjax.core.model import Model
     >>> from mpjax.train.job import Job

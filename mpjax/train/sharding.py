@@ -14,7 +14,7 @@ from mpjax.core.tree import path_of
 from mpjax.core.types import Batch, PyTree
 from mpjax.train.specs import Axis, Placement, Rules, as_mapping, automatic, devices_along, is_box
 from mpjax.train.spread import own_rows, refuse_different
-from mpjax.train.state import TrainState, own_copy
+from mpjax.train.state import TrainState, own_copy, refuse_donated
 
 B = TypeVar("B", bound=Batch)
 
@@ -101,6 +101,7 @@ def shard_state(state: TrainState, mesh: Mesh, rules: Rules = None) -> TrainStat
     >>> tuple(shard_state(state, mesh, {"**/w": PartitionSpec("data", None)}).params["w"].sharding.spec)
     ('data', None)
     """
+    refuse_donated(state)
     shardings = state_shardings(state, mesh, rules)
     if not shardings.step.is_fully_addressable:
         refuse_different(state)

@@ -153,8 +153,19 @@ class TrainState:
         return merge_trainable(cast_like(self.ema, trained), frozen)
 
 
+def refuse_donated(state: Any) -> None:
+    """An error, in our words and not in jax's of one deleted array, if an earlier step took the state's memory."""
+    step = getattr(state, "step", None)
+    if isinstance(step, jax.Array) and not isinstance(step, jax.core.Tracer) and step.is_deleted():
+        raise ValueError(
+            "this TrainState was donated to an earlier step and is gone; go on with the state which that step "
+            "returned, or make the step with donate=False"
+        )
+
+
 def attempts_made(state: Any) -> int:
     """`state.attempt` on the host; read explicitly, as a transfer guard wants it."""
+    refuse_donated(state)
     return sum(int(x) for x in jax.device_get((state.step, state.skipped)))
 
 

@@ -24,7 +24,7 @@ from mpjax.train.fully_sharded import over_gathered_params
 from mpjax.train.parallel import gather_apart, sum_dtype
 from mpjax.train.sharding import check_rows
 from mpjax.train.specs import Axis, devices_along, refuse_explicit_around
-from mpjax.train.state import TrainState, merge_trainable, split_trainable
+from mpjax.train.state import TrainState, merge_trainable, refuse_donated, split_trainable
 
 LossFn = Callable[..., Any]
 
@@ -174,15 +174,7 @@ class TrainStep:
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """The state after this batch, and its metrics; both are on their way, nothing waits for them."""
-        if (
-            isinstance(state.step, jax.Array)
-            and not isinstance(state.step, jax.core.Tracer)
-            and state.step.is_deleted()
-        ):
-            raise ValueError(
-                "this TrainState was donated to an earlier step and is gone; go on with the state which that step "
-                "returned, or make the step with donate=False"
-            )
+        refuse_donated(state)
         return self._jitted_for(state)(state, batch)
 
     def lower(self, state: TrainState, batch: Batch) -> Any:
