@@ -12,7 +12,7 @@ import pytest
 
 import mpjax
 from mpjax.cli import main, target
-from mpjax.cli.output import print_json
+from mpjax.cli.output import print_json, show
 from mpjax.policy.hardware import CHIPS
 
 
@@ -93,6 +93,17 @@ def test_a_reader_who_leaves_is_no_traceback(monkeypatch):
     with os.fdopen(write, "w") as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
         assert main(["hardware", "--json"]) == 1
+
+
+@pytest.mark.parametrize("columns", [80, 40])
+def test_a_narrow_terminal_cuts_nothing_off(columns, monkeypatch, capsys):
+    """`bfloat16` and `float16` must not both be `float…`, nor 989.4 be `98…`."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    facts = ["bfloat16", "emulated", "3.38953e+38", "989.4", "1978.9", "mixed_bfloat16"] * 2
+    show("Facts", [f"column {n}" for n in range(12)], [facts])
+    lines = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert ["".join(parts).replace(" ", "") for parts in zip(*lines, strict=True)] == facts
 
 
 def test_hardware_shows_every_chip_and_every_source(capsys):

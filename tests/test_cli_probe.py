@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 
 import pytest
 
@@ -74,3 +76,12 @@ def test_a_folder_that_cannot_be_made_exits_with_1(target, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["probe", target, f"--out={tmp_path / 'file' / 'out'}"]) == 1
     assert "mpjax probe: got --out" in capsys.readouterr().err
+
+
+def test_without_matplotlib_the_readings_are_kept_and_it_exits_with_1(target, tmp_path, monkeypatch, capsys):
+    """As `pip install .` leaves it, without the extra `experiments`."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["probe", target, "--policy=float32", "--steps=1", f"--out={tmp_path}"]) == 1
+    told = capsys.readouterr()
+    assert "gradient" in told.out and (tmp_path / "probe.jsonl").exists()
+    assert re.search(r"mpjax probe: got --out .*install mpjax\[experiments\]; `mpjax plot .*` draws it later", told.err)

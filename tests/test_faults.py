@@ -902,7 +902,9 @@ def test_fault_21_a_use_of_the_donated_state_is_a_clear_error(tmp_path):
         lambda: mpjax.time_step(step, state, (X, Y)),
         lambda: mpjax.Checkpointer(tmp_path / "run").save(state),
     ):
-        with pytest.raises(ValueError, match=r"this TrainState was donated to an earlier step and is gone.*donate=False"):
+        with pytest.raises(
+            ValueError, match=r"this TrainState was donated to an earlier step and is gone.*donate=False"
+        ):
             use()
 
 

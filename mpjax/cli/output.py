@@ -14,15 +14,17 @@ Json: TypeAlias = Annotated[bool, tyro.conf.arg(name="json", help="Print JSON in
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """One table on stdout; on a pipe as wide as it needs to be, so that nothing is cut."""
+    """One table on stdout, of which nothing is cut: a narrow terminal breaks its cells into lines, a pipe is wide."""
     import rich.console
     import rich.table
 
     console = rich.console.Console(width=None if sys.stdout.isatty() else 160)
-    table = rich.table.Table(*columns, title=title, title_justify="left")
+    table = rich.table.Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold", min_width=4)  # rich would drop the letters, or the whole column
     for row in rows:
         table.add_row(*map(str, row))
-    console.print(table)
+    console.print(table, crop=False)
 
 
 def print_json(value: Any) -> None:

@@ -87,7 +87,12 @@ def probe(
     if folder is not None:
         from mpjax.measure.plots import exponent_ranges
 
-        exponent_ranges(report.histograms(), folder / "exponents.png", loss_scale=report.loss_scale)
+        try:
+            exponent_ranges(report.histograms(), folder / "exponents.png", loss_scale=report.loss_scale)
+        except (ImportError, OSError) as error:  # there is no matplotlib, or no place to write to
+            raise Refused(
+                f"got --out {out}, and the picture was not drawn: {error}; `mpjax plot {out}` draws it later", 1
+            ) from error
     return 0
 
 
