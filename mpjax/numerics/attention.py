@@ -15,7 +15,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from mpjax.core.cautions import PrecisionWarning
-from mpjax.core.dtypes import wide
+from mpjax.core.dtypes import canonical, wide
 from mpjax.core.scopes import attention_scope
 from mpjax.core.types import DTypeLike
 from mpjax.numerics.remat import ATTENTION
@@ -106,7 +106,7 @@ def attention(
     >>> attention(x, x, x, is_causal=True).dtype
     dtype(bfloat16)
     """
-    compute = query.dtype if dtype is None else jnp.dtype(dtype)
+    compute = query.dtype if dtype is None else canonical(dtype)
     query, key, value = (x.astype(compute) for x in (query, key, value))
     mask = None if mask is None else jnp.asarray(mask).astype(bool)
     if key.shape[-2] != query.shape[-2]:

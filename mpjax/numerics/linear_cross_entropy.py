@@ -16,6 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from mpjax.core.dtypes import canonical
 from mpjax.core.types import DTypeLike
 from mpjax.numerics.cross_entropy import check_options, rows_cross_entropy
 from mpjax.numerics.example_weights import checked_weights, present, shown, wide_dtype
@@ -94,15 +95,15 @@ def linear_softmax_cross_entropy(
     check_options(label_smoothing, z_loss)
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; legal is a number of tokens >= 1; try 2048")
-    compute = hidden.dtype if compute_dtype is None else jnp.dtype(compute_dtype)
-    if not jnp.issubdtype(compute, jnp.floating) or compute.itemsize < 2:
+    compute = hidden.dtype if compute_dtype is None else canonical(compute_dtype)
+    if compute.itemsize < 2:
         raise ValueError(f"compute_dtype is {compute}; legal is a float dtype of 16 bits or more; try bfloat16")
     hidden = hidden.astype(compute)
     wide = wide_dtype(hidden)
     weights = checked_weights(weights, labels.shape)
     weights = jnp.ones(labels.shape, wide) if weights is None else weights.astype(wide)
-    stored = wide if logits_dtype is None else jnp.dtype(logits_dtype)
-    if not jnp.issubdtype(stored, jnp.floating) or stored.itemsize < 2:
+    stored = wide if logits_dtype is None else canonical(logits_dtype)
+    if stored.itemsize < 2:
         raise ValueError(f"logits_dtype is {stored}; legal is a float dtype of 16 bits or more, or None for float32")
     bias_dtype = None if bias is None else bias.dtype
     plan = _Plan(chunk, transposed, float(label_smoothing), float(z_loss), kernel.dtype, bias_dtype, stored)

@@ -23,7 +23,16 @@ from mpjax.policy.policy import computes_in
 
 
 def check_loss_scale(policy: Any, loss_scale: LossScale) -> None:
-    """Warn of float16 compute without a loss scale, and of a loss scale where nothing computes in float16."""
+    """Warn of float16 compute without a loss scale, and of a loss scale where nothing computes in float16.
+
+    Raises:
+      ValueError: it is no loss scale: a number, say.
+    """
+    if isinstance(loss_scale, type) or not hasattr(loss_scale, "adjust"):  # jmp's own are taken too
+        raise ValueError(
+            f"got loss_scale={loss_scale!r}; legal is what mpjax.dynamic_loss_scale(...) or static_loss_scale(...) makes, or "
+            "None for what the policy needs"
+        )
     if policy is None:
         return
     scaled = not isinstance(loss_scale, NoOpLossScale)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -26,8 +26,8 @@ def make_eval_step(eval_fn: EvalFn) -> EvalStep:
         `(sum, weight)`. A mean is given the number of rows as its weight, so that a ragged last batch counts as it should.
 
     Raises:
-      ValueError: at the first call: a metric that is not a scalar, a batch without rows, or a mean over one whose arrays
-        have different numbers of them.
+      ValueError: at the first call: what is no dict, a metric that is not a scalar, a batch without rows, or a mean over one
+        whose arrays have different numbers of them.
 
     >>> import optax
     >>> from mpjax.core.model import Model
@@ -43,10 +43,10 @@ def make_eval_step(eval_fn: EvalFn) -> EvalStep:
         rows = [x.shape[0] for x in jax.tree.leaves(batch) if jnp.ndim(x) > 0]
         if not rows or rows[0] == 0:
             raise ValueError("an evaluation batch has 0 rows; give each at least one, or leave it out")
-        return {
-            name: _pair(name, value, rows)
-            for name, value in eval_fn(state.averaged_params, state.mstate, batch).items()
-        }
+        found = eval_fn(state.averaged_params, state.mstate, batch)
+        if not isinstance(found, Mapping):
+            raise ValueError(f"eval_fn returned {found!r}; legal is a dict from name to metric: give it a name")
+        return {name: _pair(name, value, rows) for name, value in found.items()}
 
     return jax.jit(eval_step)
 

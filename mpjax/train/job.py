@@ -29,6 +29,9 @@ class Job:
       eval_batches: the held-out batches.
       trainable: which params are trained, as `TrainState.create` takes it. None: all.
 
+    Raises:
+      ValueError: the sample is no tuple.
+
     >>> import jax.numpy as jnp
     >>> model = Model(lambda rng, x: ({"w": jnp.zeros(2)}, {}), lambda p, m, x, rng=None: (x @ p["w"], m))
     >>> job = Job(model, lambda p, m, x, rng: model.apply(p, m, x)[0].mean(), optax.sgd(0.1), lambda n: jnp.ones((4, 2)),
@@ -45,6 +48,14 @@ class Job:
     eval_fn: Callable[..., Any] | None = None
     eval_batches: Sequence[Batch] = ()
     trainable: Trainable = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(
+            self.sample, tuple | list
+        ):  # an array would be spread over its rows, and a dict over its keys
+            raise ValueError(
+                f"got a {type(self.sample).__name__} for sample=; legal is a tuple, as the model takes its inputs: sample=(x,)"
+            )
 
     def state(self, rng: jax.Array, **options: Any) -> TrainState:
         """A fresh `TrainState`; `options` are those of `TrainState.create`, and one that is given here counts."""

@@ -103,7 +103,9 @@ class TrainState:
 
         Raises:
           ValueError: `params` with a missing, extra or misshapen leaf (its path and numbers are named), a `trainable`
-            that matches nothing, a complex param among those that are trained, or a decay outside (0, 1).
+            that matches nothing, a complex param among those that are trained, a decay outside (0, 1), or a number for
+            the loss scale.
+          TypeError: a Flax module in place of a `Model`.
 
         >>> model = Model(lambda rng, x: ({"w": jnp.zeros(3)}, {}), lambda p, m, x, rng=None: (x @ p["w"], m))
         >>> state = TrainState.create(model, optax.adam(1e-3), jax.random.key(0), jnp.ones(3))
@@ -112,6 +114,11 @@ class TrainState:
         """
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise ValueError(f"got ema_decay={ema_decay}; legal is a number between 0 and 1, or None for no average")
+        if not isinstance(model, Model):  # a Linen module has an `init` and an `apply` too
+            raise TypeError(
+                f"got a {type(model).__name__} for the model; legal is a mpjax.Model: mpjax.wrap(module, policy) makes one, "
+                "and bare functions do by mpjax.Model(init, apply)"
+            )
         init_rng, step_rng = jax.random.split(rng)
         found, found_mstate = jax.jit(lambda key: model.init(key, *sample, **init_kwargs))(init_rng)
         if params is not None:
@@ -122,8 +129,8 @@ class TrainState:
         view = trained if optimizer_dtype is None else cast_floating(trained, optimizer_dtype)
         if loss_scale is None:
             loss_scale = dynamic_loss_scale() if computes_in(model.policy, "float16") else NoOpLossScale()
-        opt_state = own_copy(optimizer.init(view))
         check_loss_scale(model.policy, loss_scale)
+        opt_state = own_copy(optimizer.init(view))
         check_optimizer(optimizer, trained, view)
         return cls(
             step=jnp.zeros((), jnp.int32),

@@ -117,6 +117,7 @@ def make_train_step(
     """
     if not isinstance(accumulate, int) or accumulate < 1:
         raise ValueError(f"got accumulate={accumulate!r}; legal is an int ≥ 1; 1 does not accumulate")
+    clip_norm = float(clip_norm) if isinstance(clip_norm, jax.Array) else clip_norm  # it is compared while tracing
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"got clip_norm={clip_norm!r}; legal is a number > 0, or None for no clipping")
     if skip not in ("nonfinite", "gradients", "off"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from mpjax.core.model import SINKS
 from mpjax.core.types import MState
@@ -19,6 +19,11 @@ def apart(mstate: MState) -> tuple[MState, MState]:
     >>> apart({"cache": 1, "sinks": 2})
     ({'cache': 1}, {'sinks': 2})
     """
+    if not isinstance(mstate, Mapping):
+        raise TypeError(
+            f"got {type(mstate).__name__} for mstate; legal is a dict of collections, {{}} where there is none: "
+            "apply(params, mstate, *inputs)"
+        )
     own = {name: tree for name, tree in mstate.items() if name not in RESERVED}
     return own, {name: mstate[name] for name in RESERVED if name in mstate}
 

@@ -161,6 +161,13 @@ def test_fault_9_a_bias_that_masks_gives_zero_weight_and_no_nan(dtype, low):
         assert (exact(a) == exact(b)).all() and np.isfinite(exact(a)).all()
 
 
+def test_a_dtype_has_the_names_that_it_has_everywhere():
+    x = jnp.ones((1, 2, 1, 4))
+    assert attention(x, x, x, dtype="bf16").dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match=r"Unknown dtype 'bf15'; use one of .*bf16"):
+        attention(x, x, x, dtype="bf15")
+
+
 def test_scores_that_overflow_exp_do_not_overflow():
     q, k, v, _ = inputs("float16")
     out = attention(q * 30, k * 30, v)

@@ -173,6 +173,11 @@ def test_a_metric_that_is_neither_a_scalar_nor_a_pair_is_refused(metric, shapes)
         of_rows(lambda y, weight: metric(y))(new_state(), {"x": X})
 
 
+def test_a_metric_without_a_name_is_refused():
+    with pytest.raises(ValueError, match=r"eval_fn returned .*; legal is a dict from name to metric: give it a name"):
+        make_eval_step(lambda params, mstate, batch: batch["x"].mean())(new_state(), {"x": X})
+
+
 def test_a_mean_over_rows_that_are_not_all_as_many_is_refused_and_a_pair_is_not():
     """Weighted by the ten of `classes`, six rows and two would count alike."""
     batches = [{"classes": np.ones(10), "x": np.full(n, value)} for n, value in ((6, 1.0), (2, 0.0))]

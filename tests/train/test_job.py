@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,3 +36,11 @@ def test_an_option_of_state_counts_before_the_jobs_own():
     assert job(trainable="head").state(jax.random.key(0), trainable="body").trainable == (True, False)
     with pytest.raises(ValueError, match="matches no param"):
         job(trainable="tail").state(jax.random.key(0))
+
+
+@pytest.mark.parametrize("sample", [np.ones((1, 2)), {"x": np.ones((1, 2))}], ids=["array", "dict"])
+def test_a_sample_that_is_no_tuple_is_refused(sample):
+    """It was spread over its rows, or its keys. The suite's type checks would refuse it first, in their own words."""
+    check = getattr(mpjax.Job.__post_init__, "__wrapped__", mpjax.Job.__post_init__)
+    with pytest.raises(ValueError, match=r"got a (ndarray|dict) for sample=; legal is a tuple.*sample=\(x,\)"):
+        check(types.SimpleNamespace(sample=sample))

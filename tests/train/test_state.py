@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
 import mpjax
 from mpjax.core.model import Model
 from mpjax.numerics.loss_scale import DynamicLossScale, NoOpLossScale, StaticLossScale
+from mpjax.train.advice import check_loss_scale
 from mpjax.train.state import Aux, TrainState, merge_trainable, split_trainable
 from tests.train.toys import fingerprint, linear_model
 
@@ -139,6 +141,19 @@ def test_a_given_loss_scale_wins_and_is_checked_against_the_policy():
     brain = dataclasses.replace(linear_model(), policy=mpjax.get_policy("mixed_bfloat16"))
     with pytest.warns(mpjax.UnneededLossScaleWarning, match="DynamicLossScale"):
         TrainState.create(brain, OPTIMIZER, KEY, loss_scale=mpjax.dynamic_loss_scale())
+
+
+def test_a_bare_module_and_a_scale_that_is_a_number_are_refused():
+    """The suite's type checks would refuse them first, in their own words; users run without."""
+    create = getattr(TrainState.create.__func__, "__wrapped__", TrainState.create.__func__)
+    with pytest.raises(
+        TypeError, match=r"got a Dense for the model; legal is a mpjax.Model: mpjax.wrap\(module, policy\)"
+    ):
+        create(TrainState, nn.Dense(2), OPTIMIZER, KEY, jnp.ones((1, 2)))
+    for scale in (1024.0, "dynamic", NoOpLossScale):
+        check = getattr(check_loss_scale, "__wrapped__", check_loss_scale)
+        with pytest.raises(ValueError, match=r"got loss_scale=.*; legal is what mpjax.dynamic_loss_scale\(...\)"):
+            check(None, scale)
 
 
 def test_the_optimizer_state_comes_from_a_float32_view_unless_asked_otherwise():

@@ -729,6 +729,7 @@ def test_a_batch_is_any_pytree_and_reaches_the_loss_as_it_is(accumulate):
         ({"clip_norm": 0.0}, r"got clip_norm=0.0; legal is a number > 0, or None"),
         ({"clip_norm": -1.0}, r"got clip_norm=-1.0"),
         ({"clip_norm": float("nan")}, r"got clip_norm=nan"),
+        ({"clip_norm": jnp.float32(-1)}, r"got clip_norm=-1.0"),
         ({"skip": "nan"}, r"got skip='nan'; legal is 'nonfinite', 'gradients' or 'off'"),
         ({"skip": False}, r"got skip=False"),
     ],
@@ -739,6 +740,12 @@ def test_settings_outside_the_legal_are_refused(options, message, monkeypatch):
     make = getattr(make_train_step, "__wrapped__", make_train_step)
     with pytest.raises(ValueError, match=message):
         make(mean_loss, optax.sgd(0.1), **options)
+
+
+def test_a_norm_to_clip_at_may_be_an_array():
+    make = getattr(make_train_step, "__wrapped__", make_train_step)
+    _, metrics = make(mean_loss, SGD, clip_norm=jnp.float32(1))(created(SGD), (X, Y))  # it was compared while tracing
+    assert metrics["grads_finite"]
 
 
 def test_a_dynamic_scale_needs_the_skip():

@@ -14,6 +14,7 @@ from flax import linen as nn, nnx
 import mpjax
 from mpjax.core.tree import path_of
 from mpjax.measure.audit import audit
+from mpjax.wrap.reserved import apart
 from tests.wrap import zoo, zoo_nnx
 from tests.wrap.zoo import SEQUENCE, TOKENS
 
@@ -143,3 +144,11 @@ def test_every_product_exp_and_sum_has_the_same_dtypes_at_the_same_path(name, po
         dtypes.append({(op.kind, op.path, op.operands) for op in ops if op.kind in ("reduce", "rsqrt", "log")})
     assert counts[0] == counts[1] and counts[0]
     assert dtypes[0] == dtypes[1] and dtypes[0]
+
+
+def test_an_input_where_mstate_belongs_is_refused():
+    """`model.apply(params, x)`. The suite's type checks would refuse it first, in their own words; users run without."""
+    with pytest.raises(
+        TypeError, match=r"got ndarray for mstate; legal is a dict .*\{\}.*apply\(params, mstate, \*inputs"
+    ):
+        getattr(apart, "__wrapped__", apart)(np.ones((1, 3)))
