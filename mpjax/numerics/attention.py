@@ -100,6 +100,9 @@ def attention(
     Returns:
       `[batch..., queries, heads, value depth]` in the compute dtype.
 
+    Raises:
+      ValueError: heads that do not fit each other, or dropout without a key.
+
     Source: Vaswani et al., Attention Is All You Need (2017).
 
     >>> x = jnp.ones((1, 3, 2, 4), jnp.bfloat16)
@@ -109,9 +112,20 @@ def attention(
     compute = query.dtype if dtype is None else canonical(dtype)
     query, key, value = (x.astype(compute) for x in (query, key, value))
     mask = None if mask is None else jnp.asarray(mask).astype(bool)
-    if key.shape[-2] != query.shape[-2]:
-        key, value = (jnp.repeat(x, query.shape[-2] // x.shape[-2], axis=-2) for x in (key, value))
+    heads, shared = query.shape[-2], key.shape[-2]
+    if value.shape[-2] != shared or not shared or heads % shared:
+        raise ValueError(
+            f"got {heads} query heads, {shared} key heads and {value.shape[-2]} value heads; legal are as many for value as for "
+            "key, and a multiple of them for query; give each key head a whole group of query heads"
+        )
+    if shared != heads:
+        key, value = (jnp.repeat(x, heads // shared, axis=-2) for x in (key, value))
     drops = not deterministic and dropout_rate > 0.0
+    if drops and dropout_rng is None:
+        raise ValueError(
+            f"got dropout_rate={dropout_rate} without a key; legal is dropout_rng=jax.random.key(…); give one, or "
+            "deterministic=True for no dropout"
+        )
     if not drops and bias is None and module is None and precision is None and fits_cudnn(query, key, value, mask):
         return checkpoint_name(_cudnn(query, key, value, mask, is_causal), ATTENTION)
     with jax.named_scope(attention_scope(compute.name)):
@@ -124,8 +138,7 @@ def attention(
         weights = softmax_float32(scores, mask, compute)
         if module is not None:
             module.sow("intermediates", "attention_weights", weights)
-        if drops:
-            assert dropout_rng is not None, "dropout needs a key"
+        if drops and dropout_rng is not None:
             shape = (1,) * (key.ndim - 2) + weights.shape[-2:] if broadcast_dropout else weights.shape
             keep = jax.random.bernoulli(dropout_rng, 1.0 - dropout_rate, shape).astype(compute)
             weights = weights * jnp.broadcast_to(keep / jnp.asarray(1.0 - dropout_rate, compute), weights.shape)

@@ -208,6 +208,21 @@ def test_the_compute_dtype_is_the_querys_or_the_one_named():
     assert attention(q.astype(jnp.float16), k, v).dtype == jnp.float16
 
 
+@pytest.mark.parametrize("heads", [(6, 4, 4), (2, 4, 4), (2, 0, 0), (4, 4, 2), (4, 2, 1)])
+def test_heads_that_do_not_fit_are_named(heads):
+    q, k, v = (jnp.ones((1, 2, n, 4)) for n in heads)
+    with pytest.raises(
+        ValueError, match=f"got {heads[0]} query heads, {heads[1]} key heads and {heads[2]} value heads; legal"
+    ):
+        attention(q, k, v)
+
+
+def test_dropout_without_a_key_says_what_to_give():
+    q, k, v, _ = inputs("float32")
+    with pytest.raises(ValueError, match=r"got dropout_rate=0.1 without a key; legal is dropout_rng"):
+        attention(q, k, v, dropout_rate=0.1)
+
+
 # Dropout: the masks of Flax, to the bit.
 
 DROPOUTS = pytest.mark.parametrize(("rate", "broadcast"), [(0.1, True), (0.5, True), (0.1, False), (0.5, False)])
