@@ -248,6 +248,10 @@ def test_what_a_half_format_cannot_hold_is_refused_never_infinite(file):
         mpjax.export_weights({"h": {"w": np.float32([1, -65520])}}, file, "float16", overwrite=True)
     with pytest.raises(ValueError, match=r"in params/w; bfloat16 ends at"):
         mpjax.export_weights({"w": np.float32([3.4e38])}, file, "bfloat16", overwrite=True)
+    for form in ("int8", "float8_e4m3"):  # scales are float32: these were read back as NaN, and as infinity
+        for beyond in (1e200, 1e39):
+            with pytest.raises(ValueError, match=rf"in params/w; {form} ends at 3.40282e\+38"):
+                mpjax.export_weights({"w": np.array([[beyond, 1.0]])}, file, form, overwrite=True)
     assert np.abs(mpjax.load_export(file).params["w"]).tolist() == [65504, 65504]
 
 

@@ -125,7 +125,8 @@ def quantise(x: np.ndarray, form: str, axis: int | None) -> tuple[np.ndarray, np
     amax = np.max(np.abs(wide), axis=over, keepdims=True, initial=0.0)
     # Not below the smallest normal number: a device that flushes subnormals would divide by zero.
     least = float(np.finfo(np.float32).tiny)
-    scale = np.where(amax == 0, 1.0, np.maximum(amax / largest, least)).astype(np.float32)
+    with np.errstate(over="ignore"):  # as above, of a float64
+        scale = np.where(amax == 0, 1.0, np.maximum(amax / largest, least)).astype(np.float32)
     ratio = np.clip(wide / scale.astype(np.float64), -largest, largest)
     return (np.rint(ratio) if form == "int8" else ratio).astype(_STORED[form]), scale
 

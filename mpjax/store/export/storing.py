@@ -69,8 +69,10 @@ def store(name: str, leaf: Any, form: str | None, per: str) -> Stored:
     if form in LARGEST and (reason := keeps_float32(name, x.ndim)):
         form, note = "float32", f"{reason}: not {form}"
     array, scale = quantise(x, form, channel_axis(name) if per == "channel" else None)
-    if scale is None and not np.isfinite(array).all():
-        amax, most = np.abs(x.astype(np.float64)).max(), float(jnp.finfo(form).max)
+    with np.errstate(over="ignore"):
+        largest = array if scale is None else LARGEST[form] * scale  # of what is read back, in float32
+    if not np.isfinite(largest).all():
+        amax, most = np.abs(x.astype(np.float64)).max(), float(jnp.finfo(form if scale is None else "float32").max)
         path = name.partition("/")[2]
         otherwise = f"to={{{path!r}: 'bfloat16', '**': 'float16'}}" if form == "float16" else "scale it down"
         raise ValueError(
