@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+_NEVER = 2**31
 _FLOAT32 = facts("float32")
 
 CEILING = 2.0**24
@@ -143,7 +144,8 @@ class DynamicLossScale:
         # In float32: numpy's float64 would stay one under x64.
         factor, backoff = (jnp.asarray(x, jnp.float32) for x in (self.factor, backoff))
         ceiling = jnp.maximum(scale, min(self.max_loss_scale, float(jnp.finfo(jnp.float32).max)))
-        due = counter >= self.period - 1  # a restored counter may be past a period that is shorter now
+        # A restored counter may be past a period that is shorter now; one that no int32 reaches is never past.
+        due = counter >= min(self.period, _NEVER) - 1
         grown = jnp.where(due, jnp.minimum(scale * factor, ceiling), scale)
         shrunk = jnp.maximum(scale * backoff, self.min_loss_scale)
         return dataclasses.replace(

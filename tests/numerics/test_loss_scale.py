@@ -54,6 +54,10 @@ def test_a_counter_past_a_period_that_is_shorter_now_grows_at_once():
     assert scales(DynamicLossScale(jnp.float32(1), jnp.int32(7), period=3), "++++") == [2, 2, 2, 4]
 
 
+def test_an_interval_that_no_int32_counts_is_one_that_never_ends():
+    assert scales(dynamic_loss_scale(8.0, growth_interval=10**12), "++-+") == [8, 8, 4, 4]
+
+
 def test_growth_on_every_step():
     assert scales(dynamic_loss_scale(1.0, growth_interval=1), "+++-+") == [2, 4, 8, 4, 8]
 
