@@ -98,15 +98,15 @@ def linear_softmax_cross_entropy(
     compute = hidden.dtype if compute_dtype is None else canonical(compute_dtype)
     if compute.itemsize < 2:
         raise ValueError(f"compute_dtype is {compute}; legal is a float dtype of 16 bits or more; try bfloat16")
-    hidden = hidden.astype(compute)
-    wide = wide_dtype(hidden)
+    wide = wide_dtype(hidden.astype(compute))
     weights = checked_weights(weights, labels.shape)
     weights = jnp.ones(labels.shape, wide) if weights is None else weights.astype(wide)
     stored = wide if logits_dtype is None else canonical(logits_dtype)
     if stored.itemsize < 2:
         raise ValueError(f"logits_dtype is {stored}; legal is a float dtype of 16 bits or more, or None for float32")
     bias_dtype = None if bias is None else bias.dtype
-    plan = _Plan(chunk, transposed, float(label_smoothing), float(z_loss), kernel.dtype, bias_dtype, stored)
+    dtypes = hidden.dtype, kernel.dtype, bias_dtype, compute, stored
+    plan = _Plan(chunk, transposed, float(label_smoothing), float(z_loss), *dtypes)
     # The gradient by a logit is at most its token's weight, or 2 z |log Σ exp| times that. With the largest weight at
     # 2⁸ float16 has room for seven bits of a z-loss below 65504, and a probability of 2⁻²² is still a normal number.
     scale = _scale_to(2.0**8, jnp.abs(weights).max(initial=0))
@@ -146,8 +146,10 @@ class _Plan(NamedTuple):
     transposed: bool
     label_smoothing: float
     z_loss: float
+    hidden_dtype: np.dtype
     kernel_dtype: np.dtype
     bias_dtype: np.dtype | None
+    compute_dtype: np.dtype
     logits_dtype: np.dtype
 
 
@@ -226,7 +228,7 @@ def _logits(plan: _Plan, hidden: jax.Array, kernel: jax.Array, bias: jax.Array |
 def _total(
     plan: _Plan, hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None, labels: jax.Array, weights: jax.Array
 ) -> jax.Array:
-    narrow = kernel.astype(hidden.dtype)
+    hidden, narrow = hidden.astype(plan.compute_dtype), kernel.astype(plan.compute_dtype)
 
     def body(total: jax.Array, chunk: _Chunk) -> tuple[jax.Array, None]:
         logits = _logits(plan, chunk.hidden, narrow, bias)
@@ -239,7 +241,7 @@ def _total(
 def _total_and_slopes(
     plan: _Plan, hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None, labels: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, _Slopes]:
-    narrow = kernel.astype(hidden.dtype)
+    hidden, narrow = hidden.astype(plan.compute_dtype), kernel.astype(plan.compute_dtype)
 
     def body(sums: tuple, chunk: _Chunk) -> tuple[tuple, tuple]:
         total, by_kernel, by_bias = sums
@@ -271,7 +273,7 @@ def _scaled(plan: _Plan, slopes: _Slopes, by_total: jax.Array) -> tuple:
     hidden = slopes.rows.astype(by_total.dtype) * (by_total / slopes.scales)
     bias = None if slopes.bias is None else (slopes.bias * by_total).astype(plan.bias_dtype)
     kernel = (slopes.kernel * by_total).astype(plan.kernel_dtype)
-    return hidden.astype(slopes.rows.dtype), kernel, bias, None, slopes.weights * by_total
+    return hidden.astype(plan.hidden_dtype), kernel, bias, None, slopes.weights * by_total
 
 
 _total.defvjp(_total_and_slopes, _scaled)

@@ -175,6 +175,19 @@ def test_float32_hidden_is_multiplied_in_the_named_dtype():
     assert [dot.outvars[0].aval.shape for dot in dots] == [(128, 11), (128, 4), (11, 4)]
 
 
+@pytest.mark.parametrize("size", [2.0**-40, 2.0**20])
+def test_what_comes_in_float32_has_a_gradient_of_float32s_range(size):
+    """Products in float16, whose numbers end at 2⁻²⁴ and 65504; hidden holds float16 values."""
+    case = Case()
+    values, labels = inputs(case, jnp.float16)
+    values["hidden"] = values["hidden"].astype(jnp.float32)
+    got = jax.grad(lambda v: size * fused(**v, labels=labels, **options(case), compute_dtype="float16")[0])(values)
+    _, want, _, errors = by_hand(case, values, labels, jnp.float16)
+    for key, slope in got.items():
+        assert slope.dtype == jnp.float32
+        assert_within(slope / size, want[key], errors[key])
+
+
 def avals(jaxpr: Any) -> list:
     return [v.aval for eqn in equations(jaxpr) for v in (*eqn.invars, *eqn.outvars) if hasattr(v.aval, "dtype")]
 
