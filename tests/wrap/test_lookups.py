@@ -29,7 +29,33 @@ class NNXTied(nnx.Module):
         return self.embed.attend(self.embed(tokens))
 
 
-ALONE = {"linen": nn.Embed(8, 4), "nnx": lambda rngs: nnx.Embed(8, 4, rngs=rngs)}
+class LinenScaled(nn.Embed):
+    def __call__(self, tokens):
+        return super().__call__(tokens) * 1
+
+
+class LinenNamed(nn.Embed):
+    def encode(self, tokens):
+        return self(tokens)
+
+
+class NNXScaled(nnx.Embed):
+    def __call__(self, tokens):
+        return super().__call__(tokens) * 1
+
+
+class NNXNamed(nnx.Embed):
+    def encode(self, tokens):
+        return self(tokens)
+
+
+ALONE = {
+    "linen": nn.Embed(8, 4),
+    "nnx": lambda rngs: nnx.Embed(8, 4, rngs=rngs),
+    "linen subclass": LinenScaled(8, 4),
+    "nnx subclass": lambda rngs: NNXScaled(8, 4, rngs=rngs),
+}
+NAMED = {"linen": LinenNamed(8, 4), "nnx": lambda rngs: NNXNamed(8, 4, rngs=rngs)}
 TIED = {"linen": LinenTied(), "nnx": NNXTied}
 TOKENS = jnp.concatenate([jnp.zeros(3000, jnp.int32), jnp.arange(8)])
 
@@ -51,6 +77,14 @@ def test_the_gradient_of_a_frequent_token_does_not_stand_still(door, policy):
     rows = model.apply(params, mstate, TOKENS)[0]
     assert rows.dtype == jnp.float32 and jnp.array_equal(rows, table.astype(half)[TOKENS].astype(jnp.float32))
     assert out == rows.sum()
+
+
+@pytest.mark.parametrize("door", NAMED)
+def test_nor_where_a_method_of_ones_own_looks_up(door):
+    model = mpjax.wrap(NAMED[door], "mixed_bfloat16")
+    params, mstate = model.init(jax.random.key(0), TOKENS)
+    grads = jax.grad(lambda params: model.apply(params, mstate, TOKENS, method="encode")[0].sum())(params)
+    assert np.array_equal(jax.tree.leaves(grads)[0][:, 0], [3001.0, *[1.0] * 7])
 
 
 @pytest.mark.parametrize("door", TIED)

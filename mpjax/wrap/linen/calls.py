@@ -32,6 +32,8 @@ class Frame:
     found: Resolution
     caller: Frame | None
     keys: contextlib.ExitStack
+    table: dict[str, Any] | None = None
+    """Of an Embed: the fields by which it looks up in the master table."""
 
     @property
     def name(self) -> str:
@@ -90,11 +92,15 @@ class Interceptor(contextlib.AbstractContextManager):
         if method == "setup":  # runs before the call that needs it, outside its frame, and may read params
             with jax.named_scope(scope_name(path)), dressed(module, compute):
                 return next_fun(*args, **kwargs)
+        rows = looks_up(context.orig_method)
         if caller is not None and caller.path == path:  # a helper method of the module that is running: its own affair
-            return next_fun(*args, **kwargs)
+            if not rows or caller.table is None:
+                return next_fun(*args, **kwargs)
+            with dressed(module, None, **caller.table):
+                return cast_floating(next_fun(*args, **kwargs), caller.stream)
         with jax.named_scope(scope_name(path)):
             frame = Frame(module, path, method, found, caller, contextlib.ExitStack())
-            return self._run(next_fun, args, kwargs, frame, looks_up(module, method))
+            return self._run(next_fun, args, kwargs, frame, rows)
 
     def _run(self, next_fun: Callable, args: tuple, kwargs: dict, frame: Frame, rows: bool) -> Any:
         """The call; `rows`: it looks up rows of a table, which is read as it is, and the rows are cast."""
@@ -105,7 +111,8 @@ class Interceptor(contextlib.AbstractContextManager):
             self.frames.append(frame)
             try:
                 dot = self.rules.dot_at(frame.path, self.classes)
-                fields = fields_for_lookup(module) if rows else fields_for(module, frame.stream, dot)
+                frame.table = fields_for_lookup(module)
+                fields = (frame.table if rows else None) or fields_for(module, frame.stream, dot)
                 with dressed(module, frame.stream, **fields):
                     out = next_fun(*args, **kwargs)
                 if "dot_general" in fields:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -100,18 +101,25 @@ def _has_own_dot(module: nn.Dense | nn.DenseGeneral) -> bool:
     return module.dot_general is not None or module.dot_general_cls is not None
 
 
-def looks_up(module: nn.Module, method: str) -> bool:
-    """Whether a call takes rows out of a table: Embed's own, not `attend`.
+_LOOKUP = inspect.unwrap(nn.Embed.__call__)
+
+
+def looks_up(method: Any) -> bool:
+    """Whether a method takes rows out of a table: Embed's own call, be it by `super()` of a subclass, and not `attend`.
 
     Such a table is not cast, only its rows are: in the backward pass the gradients of one row are added one by one in
     the dtype of the table. Cast before, that of a token which occurs 1,000 times in a batch came out as 256 in bfloat16.
     """
-    own = type(module).__call__ is nn.Embed.__call__ and type(module).setup is nn.Embed.setup
-    return method == "__call__" and isinstance(module, nn.Embed) and own
+    return getattr(method, "func", None) is _LOOKUP
 
 
-def fields_for_lookup(module: nn.Module) -> dict[str, Any]:
-    """The fields of Embed by which a call looks up in the master table; its set-up has read the table in half."""
+def fields_for_lookup(module: nn.Module) -> dict[str, Any] | None:
+    """The fields of Embed by which a call looks up in the master table; its set-up has read the table in half.
+
+    None where there is no such table, or a subclass makes its own of it.
+    """
+    if not isinstance(module, nn.Embed) or type(module).setup is not nn.Embed.setup:
+        return None
     return {"dtype": None, "embedding": nn.unbox(module.get_variable("params", "embedding"))}
 
 

@@ -49,9 +49,25 @@ def bordered(cls: Any) -> type:
     return _subclass(cls, methods, pytree=getattr(cls, "_pytree__is_pytree", False)) if methods else cls
 
 
+@functools.wraps(nnx.Embed.__call__)
+def _look_up(self: Any, *args: Any, **kwargs: Any) -> Any:
+    token = running.set(None)  # under no site a Param is read as it is
+    try:
+        rows = nnx.Embed.__call__(self, *args, **kwargs)
+    finally:
+        running.reset(token)
+    return _cast(rows, vars(self)[SITE].compute)
+
+
+class _Lookup(nnx.Embed):
+    """Stands between a user's subclass of Embed and Embed itself, where `super().__call__` finds it."""
+
+    __call__: Any = _look_up
+
+
 def _crossing(name: str, method: Any) -> Callable:
     """`method`, converting if it is entered from another module."""
-    rows = looks_up(method)
+    method = _look_up if looks_up(method) else method
 
     @functools.wraps(method)
     def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
@@ -60,12 +76,10 @@ def _crossing(name: str, method: Any) -> Callable:
         caller = running.get()
         if site is None or (caller is not None and caller.path == site.path):  # its own helper method
             return run(*args, **kwargs)
-        token = running.set(None if rows else site)  # under no site a Param is read as it is
+        token = running.set(site)
         try:
             with jax.named_scope(scope_name(site.path)):
                 tapped = site.path if name == "__call__" else f"{site.path}.{name}"
-                if rows:
-                    return _run(self, lambda *a, **k: _cast(run(*a, **k), site.compute), args, kwargs, site, tapped)
                 return _run(self, run, args, kwargs, site, tapped)
         finally:
             running.reset(token)
@@ -149,4 +163,5 @@ def read_in_stream(cls: Any) -> type:
 
 def _subclass(cls: type, body: dict[str, Any], **options: Any) -> type:
     named = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls)(cls.__name__, (cls,), named | body, **options)
+    bases = (cls, _Lookup) if issubclass(cls, nnx.Embed) and cls is not nnx.Embed else (cls,)
+    return type(cls)(cls.__name__, bases, named | body, **options)
