@@ -386,6 +386,17 @@ def test_a_param_that_is_a_tree_is_cast_where_it_is_read(remat):
     assert {x.dtype.name for x in jax.tree.leaves(gradient)} == {"float32"}
 
 
+def test_what_a_module_hands_out_beside_arrays_comes_out():
+    class Told(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2)(x), {"by": "dense", "layers": 1}
+
+    model = mpjax.wrap(Told(), "mixed_bfloat16")
+    (out, told), _ = model.apply(*model.init(jax.random.key(0), jnp.ones((1, 3))), jnp.ones((1, 3)))
+    assert out.dtype == jnp.float32 and told == {"by": "dense", "layers": 1}
+
+
 def test_what_cannot_be_wrapped_is_refused():
     with pytest.raises(TypeError, match=r"wrap takes a flax.linen Module instance \(nn.Dense\(8\), not nn.Dense\)"):
         mpjax.wrap(nn.Dense, "mixed_bfloat16")

@@ -86,7 +86,7 @@ def record(
     visits_key: list[Any] = []
     try:
         with nn.intercept_methods(recorder):
-            jax.eval_shape(call)
+            jax.eval_shape(lambda: (call(), None)[1])  # a model may hand out what is no array, a string
     finally:
         for key in reversed(visits_key):
             key.__exit__(None, None, None)
