@@ -50,9 +50,8 @@ class Job:
     trainable: Trainable = None
 
     def __post_init__(self) -> None:
-        if not isinstance(
-            self.sample, tuple | list
-        ):  # an array would be spread over its rows, and a dict over its keys
+        # An array would be spread over its rows, and a dict over its keys.
+        if not isinstance(self.sample, tuple | list):
             raise ValueError(
                 f"got a {type(self.sample).__name__} for sample=; legal is a tuple, as the model takes its inputs: sample=(x,)"
             )
