@@ -64,7 +64,8 @@ class PolicyMap:
 
     Args:
       rules: from pattern to policy. A pattern is a glob over canonical paths (`"head"`, `"layers/*/attention"`,
-        `"**/mlp"`), a regex marked `"re:…"`, or a module class. It means the subtree. A policy is a preset, a dtype
+        `"**/mlp"`), a regex marked `"re:…"`, or a module class. It means the subtree, and `mlp_1`, canonically `mlp/1`, is
+        in that of `mlp`: name it in an earlier rule where it is to differ. A policy is a preset, a dtype
         name, a `Policy`, or `key=value` pairs; a key that is not named comes from the default, but for `dot` where
         `compute=` is named: it is none then. Two keys act at the borders of the subtree: `output=dtype` hands results
         back in that dtype, `input=keep` leaves float arguments unrounded.

@@ -163,6 +163,12 @@ def test_islands_stand_behind_the_users_own_rules_in_whatever_order():
         assert computing(PolicyMap(rules), "f64") == {"layers/0/norm", "layers/1/norm", "layers/1/norm/gate"}
 
 
+def test_a_numbered_twin_is_in_the_subtree_unless_an_earlier_rule_names_it():
+    sites = {"": None, "mlp": Dense, "mlp/1": Dense}
+    assert computing(PolicyMap({"mlp": "f16"}), "f16", sites) == {"mlp", "mlp/1"}
+    assert computing(PolicyMap({"mlp_1": "f32", "mlp": "f16"}), "f16", sites) == {"mlp"}
+
+
 def test_an_island_is_its_subtree():
     assert {"layers/1/norm", "layers/1/norm/gate"} <= computing(PolicyMap({"": "f16"}), "f32")
 

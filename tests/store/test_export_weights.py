@@ -12,6 +12,7 @@ import stat
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn, nnx
 from flax.core import meta
@@ -236,6 +237,15 @@ def test_non_finite_weights_are_refused_with_their_path(bad, to, file):
         mpjax.export_weights(tree, file, to)
     with pytest.raises(ValueError, match=r"NaN or infinity in mstate/batch_stats/Dense_0/kernel"):
         mpjax.export_weights({}, file, to, mstate={"batch_stats": tree})
+    assert not file.exists()
+
+
+def test_a_whole_train_state_is_refused(file):
+    """Its moments were written as weights, in `to` as they are, and its rng and scale beside them."""
+    w = mpjax.Model(lambda rng: ({"w": jnp.ones((2, 2))}, {}), lambda params, mstate: (params["w"], mstate))
+    state = mpjax.TrainState.create(w, optax.adam(1e-3), jax.random.key(0))
+    with pytest.raises(ValueError, match=r"got a TrainState for params; legal are params alone: give state\.params"):
+        mpjax.export_weights(state, file)
     assert not file.exists()
 
 

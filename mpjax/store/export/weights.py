@@ -66,7 +66,7 @@ def export_weights(
 
     Raises:
       ValueError: NaN or infinity in a weight, or one that the format cannot hold, with its path; an unknown format; a rule
-        that acts nowhere; an existing file.
+        that acts nowhere; an existing file; a whole train state.
       OSError: the file could not be written; nothing is left behind.
 
     >>> import tempfile
@@ -78,6 +78,10 @@ def export_weights(
     """
     if per not in ("channel", "tensor"):
         raise ValueError(f"got per={per!r}; legal are 'channel' and 'tensor'; name one")
+    if hasattr(params, "opt_state"):  # its moments would be written as weights, and quantised
+        raise ValueError(
+            f"got a {type(params).__name__} for params; legal are params alone: give state.params, or state.averaged_params"
+        )
     target = Path(path)
     leaves = named_leaves({"params": params, "mstate": {} if mstate is None else mstate})
     names = _names(leaves)
