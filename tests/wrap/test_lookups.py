@@ -87,6 +87,17 @@ def test_nor_where_a_method_of_ones_own_looks_up(door):
     assert np.array_equal(jax.tree.leaves(grads)[0][:, 0], [3001.0, *[1.0] * 7])
 
 
+def test_one_that_is_made_inside_of_a_method_stands_under_no_policy():
+    class Fresh(nnx.Embed):
+        def encode(self, tokens):
+            return type(self)(8, 4, rngs=nnx.Rngs(1))(tokens)
+
+    model = mpjax.wrap(lambda rngs: Fresh(8, 4, rngs=rngs), "c=bf16,o=f32")
+    params, mstate = model.init(jax.random.key(0), TOKENS)
+    rows = model.apply(params, mstate, TOKENS, method="encode")[0]
+    assert jnp.array_equal(rows, nnx.Embed(8, 4, rngs=nnx.Rngs(1))(TOKENS))
+
+
 @pytest.mark.parametrize("door", TIED)
 def test_a_tied_head_still_multiplies_in_half(door):
     model = mpjax.wrap(TIED[door], "mixed_bfloat16")

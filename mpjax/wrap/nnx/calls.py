@@ -51,12 +51,13 @@ def bordered(cls: Any) -> type:
 
 @functools.wraps(nnx.Embed.__call__)
 def _look_up(self: Any, *args: Any, **kwargs: Any) -> Any:
+    site: Site | None = vars(self).get(SITE)
     token = running.set(None)  # under no site a Param is read as it is
     try:
         rows = nnx.Embed.__call__(self, *args, **kwargs)
     finally:
         running.reset(token)
-    return _cast(rows, vars(self)[SITE].compute)
+    return rows if site is None else _cast(rows, site.compute)
 
 
 class _Lookup(nnx.Embed):
