@@ -67,7 +67,7 @@ def read_leaves(folder: Path, there: Mapping[str, Leaf], like: Mapping[str, Any]
     """The leaves at the paths of `like`, from path to leaf: in the checkpoint's dtype, of the kind and at the place of `like`'s.
 
     Raises:
-      CheckpointError: Orbax gave something other than what the checkpoint says.
+      CheckpointError: Orbax gave something other than what the checkpoint says, or jax has no such arrays.
     """
     stored = {path: there[path] for path in like if there[path].is_stored}
     # Orbax places the data of a key, which has a dimension more than the key: keys go through numpy.
@@ -92,7 +92,18 @@ def _as_like(leaf: Leaf, found: Any, like: Any) -> Any:
         return found[()]
     if isinstance(like, np.ndarray) or isinstance(found, jax.Array):
         return found
+    if not _jax_holds(found):
+        found = cast_leaf(leaf.path, found, like)  # by numpy, where it was asked for: jax would cut it unasked
+    if not _jax_holds(found):
+        raise CheckpointError(
+            f"{leaf.path} is {leaf}, which jax would cut to 32 bits in silence; legal without x64 mode is a numpy array in its "
+            "place in `like`: give one, or set jax_enable_x64"
+        )
     return put(found, place_of(like))
+
+
+def _jax_holds(x: np.ndarray) -> bool:
+    return jax.dtypes.canonicalize_dtype(x.dtype) == x.dtype
 
 
 def _key(leaf: Leaf, found: Any, like: Any) -> Any:

@@ -12,7 +12,7 @@ from mpjax.store import arrays, folders
 from mpjax.store.disk import write_durably
 from mpjax.store.leaves import Leaf, to_arrays
 from mpjax.store.manifest import MANIFEST, DamagedError, check, seal
-from mpjax.store.meta import META
+from mpjax.store.meta import META, read_meta
 from mpjax.store.together import Together
 
 ARRAYS = "arrays"
@@ -92,6 +92,7 @@ def _make_room(directory: Path, step: int) -> None:
         return  # nothing there, or nothing of ours: then putting the step there is refused
     try:
         check(target)
+        read_meta(target)  # a copy of another step is whole, and no step
     except DamagedError as error:
         logger.warning("%s; it is replaced", error)
         folders.remove(directory, step)

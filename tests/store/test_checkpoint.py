@@ -252,6 +252,17 @@ def test_fault_29_a_cast_that_would_overflow_is_refused(kind, tmp_path):
         Checkpointer(tmp_path).restore({"w": kind(np.zeros(2, np.float16))}, cast=True)
 
 
+def test_fault_29_what_jax_would_cut_to_32_bits_is_refused_or_cast_as_asked(tmp_path):
+    checkpointer = Checkpointer(tmp_path)
+    for step, x in enumerate((np.int64([2**40 + 1]), np.float64([1 / 3]), np.float64([1e300]))):
+        checkpointer.save({"w": x}, step)
+        with pytest.raises(CheckpointError, match=r"w is (int|float)64\[1\], which jax would cut to 32 bits"):
+            checkpointer.restore({"w": jax.ShapeDtypeStruct(x.shape, x.dtype)}, step)
+    assert checkpointer.restore({"w": jnp.zeros(1)}, 1, cast=True)["w"] == np.float32(1 / 3)
+    with pytest.raises(CheckpointError, match=r"w holds numbers up to 1e\+300, which float32 cannot hold"):
+        checkpointer.restore({"w": jnp.zeros(1)}, 2, cast=True)
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -373,7 +384,12 @@ def test_a_step_is_written_once(broken):
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda step: (step / "meta.json").write_text("{}"), lambda step: (step / MANIFEST).unlink()]
+    "damage",
+    [
+        lambda step: (step / "meta.json").write_text("{}"),
+        lambda step: (step / MANIFEST).unlink(),
+        lambda step: (shutil.rmtree(step), shutil.copytree(step.with_name("1"), step)),  # whole, and no step 2
+    ],
 )
 def test_a_damaged_step_gives_way_to_the_run_that_comes_to_it_again(damage, broken, caplog):
     damage(broken / "2")
