@@ -98,6 +98,13 @@ def fit(
     for name, count in (("patience", patience), ("max_consecutive_skips", max_consecutive_skips)):
         if count is not None and count < 1:
             raise ValueError(f"got {name}={count}; legal is an int ≥ 1")
+    if eval_every < 0:
+        raise ValueError(f"got eval_every={eval_every}; legal is an int ≥ 0; 0 evaluates at the end alone")
+    if not hasattr(eval_batches, "__len__"):
+        raise ValueError(
+            f"got a {type(eval_batches).__name__} for eval_batches, which are read at each evaluation; legal is a sequence: "
+            "give list(...) of them"
+        )
     if eval_step is not None and not len(eval_batches):
         raise ValueError("eval_step came without eval_batches; give the held-out batches, or drop it")
     first = attempts_made(state)
@@ -117,10 +124,12 @@ def fit(
             scalars = {name: float(x) for name, x in jax.device_get(_scalars(metrics)).items()}
             del waiting[0]
             result.history.append({"attempt": attempt, **scalars})
-            for hook in hooks:
-                hook.on_step(attempt, scalars)
-                if SINKS in metrics:
-                    hook.on_probe(attempt, scalars, jax.device_get(metrics[SINKS]))
+            probed = jax.device_get(metrics.get(SINKS))
+            with contextlib.ExitStack() as telling:
+                for hook in reversed(hooks):  # each of them, whatever another raises: no row is lost
+                    if SINKS in metrics:
+                        telling.callback(hook.on_probe, attempt, scalars, probed)
+                    telling.callback(hook.on_step, attempt, scalars)
             if scalars.get("skipped_in_a_row", 0) >= max_consecutive_skips:
                 error = NonFiniteError(_why(step, result.state, batch, scalars, hooks, attempt))
                 error.result = result
@@ -136,8 +145,9 @@ def fit(
         found = evaluate(eval_step, result.state, interrupts.between(eval_batches), cast)
         logger.info("%d attempts: %s", done, ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
         _note_evaluation(result, {"attempt": done, **found}, best)
-        for hook in hooks:
-            hook.on_eval(done, found)
+        with contextlib.ExitStack() as telling:
+            for hook in reversed(hooks):
+                telling.callback(hook.on_eval, done, found)
 
     with Interrupts() as interrupts, contextlib.ExitStack() as ending:
         for hook in reversed(hooks):

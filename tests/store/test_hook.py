@@ -121,16 +121,17 @@ def test_after_an_error_the_last_good_step_is_saved():
     assert step == 5  # two good, two skipped, and one that was dispatched by then
 
 
-@pytest.mark.parametrize("where", ["data", "hook"])
+@pytest.mark.parametrize("where", ["data", "hook", "hook before"])
 def test_after_an_error_the_metrics_of_all_that_is_saved_are_written(where, tmp_path):
     class Failing(mpjax.Hook):
         def on_step(self, attempt, metrics):
-            if (where, attempt) == ("hook", 2):
+            if where != "data" and attempt == 2:
                 raise OSError("no such picture")
 
     checkpointer, file = Noted(), tmp_path / "metrics.jsonl"
     with pytest.raises(OSError, match="no such picture"):
-        fit(checkpointer, until(4, OSError("no such picture")), hooks=[JsonlWriter(file), Failing()])
+        hooks = [JsonlWriter(file), Failing()][:: -1 if where == "hook before" else 1]
+        fit(checkpointer, until(4, OSError("no such picture")), hooks=hooks)
     ((saved, _, _),) = checkpointer.given
     assert [json.loads(line)["attempt"] for line in file.read_text().splitlines()] == list(range(saved))
 

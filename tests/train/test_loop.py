@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -487,7 +488,9 @@ def test_patience_that_ends_with_the_last_attempt_cuts_nothing_short():
     assert (result.stopped, len(result.evaluations)) == ("done", 2)
 
 
-def test_settings_that_do_not_fit_are_refused_before_the_first_step():
+def test_settings_that_do_not_fit_are_refused_before_the_first_step(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # what a user would see
+
     def untouched(state, batch):
         raise AssertionError("a step was made")
 
@@ -500,6 +503,10 @@ def test_settings_that_do_not_fit_are_refused_before_the_first_step():
         fit(STEP, new_state(), batch_of, attempts=1, max_consecutive_skips=0)
     with pytest.raises(ValueError, match=r"eval_step came without eval_batches; give the held-out batches"):
         fit(untouched, new_state(), batch_of, attempts=2, eval_step=EVAL_STEP)
+    with pytest.raises(ValueError, match=r"got eval_every=-1; legal is an int ≥ 0"):
+        fit(untouched, new_state(), batch_of, attempts=2, eval_step=EVAL_STEP, eval_batches=EVAL_BATCHES, eval_every=-1)
+    with pytest.raises(ValueError, match=r"got a list_iterator for eval_batches.*legal is a sequence"):
+        fit(untouched, new_state(), batch_of, attempts=2, eval_step=EVAL_STEP, eval_batches=iter(EVAL_BATCHES))
 
 
 def test_a_best_that_is_no_metric_is_named():
