@@ -65,6 +65,13 @@ class Reading:
         finite[0] -= self.zero
         return {field - _BIAS: float(n) for field, n in enumerate(finite) if n}
 
+    @functools.cached_property
+    def _finite(self) -> np.ndarray:
+        """The cells of the finite elements in one row, from the smallest on; zeros left out."""
+        cells = self.counts[:-1].flatten()
+        cells[0] = 0.0
+        return cells
+
     def overflow(self, dtype: str, scale: float = 1.0) -> float:
         """The share of the finite, non-zero elements that a cast to this format would make infinite (e4m3fn: NaN).
 
@@ -72,14 +79,11 @@ class Reading:
           dtype: one of `numerics.probe.FORMATS`.
           scale: by which they are multiplied before. Exact for a power of two; another is rounded to one.
         """
-        at, part = _place(overflow_bits(_known(dtype)), scale)
-        return self._share(self.counts[at + 1 : -1].sum() + (self.counts[at, part:].sum() if 0 <= at < 255 else 0.0))
+        return self._share(self._finite[_cell(overflow_bits(_known(dtype)), scale) :].sum())
 
     def underflow(self, dtype: str, scale: float = 1.0) -> float:
         """The share of the finite, non-zero elements that a cast to this format would flush to zero; see `overflow`."""
-        at, part = _place(underflow_bits(_known(dtype)), scale)
-        here = self.counts[at, :part].sum() if 0 <= at < 255 else 0.0
-        return self._share(self.counts[: max(at, 0)].sum() + here - self.zero)
+        return self._share(self._finite[: _cell(underflow_bits(_known(dtype)), scale)].sum())
 
     def fitted(self, dtype: str) -> float:
         """The largest power of two by which all elements may be multiplied and none overflows in this format.
@@ -120,15 +124,15 @@ def _known(dtype: str) -> str:
     return dtype
 
 
-def _place(bits: int, scale: float) -> tuple[int, int]:
-    """The exponent field and the part at which elements begin to reach these bits, once multiplied by `scale`."""
+def _cell(bits: int, scale: float) -> int:
+    """The first of the cells whose elements reach these bits, once multiplied by `scale`; 0 where all do that are not zero."""
     mantissa = bits & (2**_MANTISSA_BITS - 1)
     field, part = bits >> _MANTISSA_BITS, sum(mantissa >= edge for edge in EDGES)
     shift = round(math.log2(scale))
     if field == 0 and shift:  # a limit among float32's subnormals is 2^k and a bit; normal once it is moved up
         whole = mantissa - 1
         field, part = whole.bit_length() - _MANTISSA_BITS, sum(1 >= edge for edge in EDGES)
-    return field - shift, part
+    return max((field - shift) * (len(EDGES) + 1) + part, 0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

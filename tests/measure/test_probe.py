@@ -297,6 +297,15 @@ def test_zeros_subnormals_infinities_and_nans():
     assert found.exponents == {-15: 1.0, -14: 1.0}
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_zeros_are_no_share_and_any_power_of_two_may_scale(name):
+    """A ReLU's zeros made bfloat16's share, once scaled, −50 %; past 2^142 float16's limit lay before the first cell."""
+    found = reading([0.0, 1.0, 1.9, np.inf])
+    assert found.underflow(name, found.fitted(name)) == found.overflow(name, found.fitted(name)) == 0
+    assert (found.overflow(name, 2.0**200), found.underflow(name, 2.0**200)) == (1, 0)
+    assert (found.overflow(name, 2.0**-200), found.underflow(name, 2.0**-200)) == (0, 1)
+
+
 @pytest.mark.parametrize("largest", [1.0, 1.9999, 447.0, 449.0, 2.0**20, 2.0**-20 * 1.8])
 @pytest.mark.parametrize("name", FORMATS[1:])
 def test_the_fitted_scale_is_the_largest_that_overflows_nothing(name, largest):
