@@ -16,7 +16,7 @@ from mpjax.policy.hardware import Chip
 HALVES = ("bfloat16", "float16")
 
 _FLAGS = {
-    "excess_precision": "lets XLA skip roundings to half precision or forbids it",
+    "excess_precision": "lets XLA skip roundings to half precision",
     "fast_math": "lets XLA assume that there are no NaNs and infinities, and reorder sums",
     "fast_min_max": "lets a NaN get lost in min and max",
     "tf32": "changes which float32 products are rounded to tf32",
@@ -72,9 +72,11 @@ def from_settings(platform: str, gpu: str | None, environment: Mapping[str, str]
     if precision is not None:
         found.append(f"jax_default_matmul_precision is {precision!r}: it rules every product that names no precision")
     for flag in environment.get("XLA_FLAGS", "").split():
-        effect = next((effect for part, effect in _FLAGS.items() if part in flag.partition("=")[0]), None)
+        name, _, value = flag.partition("=")
+        effect = next((effect for part, effect in _FLAGS.items() if part in name), None)
         if effect is not None:
-            found.append(f"XLA_FLAGS has {flag}: it {effect}")
+            said = f"off; on, it {effect}" if value.lower() in ("false", "0") else f"it {effect}"
+            found.append(f"XLA_FLAGS has {flag}: {said}")
     if override := environment.get("NVIDIA_TF32_OVERRIDE"):
         found.append(f"NVIDIA_TF32_OVERRIDE={override} is set: 0 forbids tf32 in every library, 1 forces it")
     return found

@@ -113,6 +113,8 @@ def test_settings_that_change_precision_are_told():
         x64, precision, flag = symptoms.from_settings("cpu", None, flags)
     assert "jax_enable_x64" in x64 and "'bfloat16'" in precision
     assert "--xla_allow_excess_precision=false" in flag
+    on, off = symptoms.from_settings("cpu", None, {"XLA_FLAGS": "--xla_a_fast_math=true --xla_a_fast_math=false"})
+    assert "=true: it lets XLA assume that there are no NaNs" in on and "=false: off; on, it lets XLA assume" in off
     assert symptoms.from_settings("gpu", "NVIDIA L4", {}) == []
     (idle,) = symptoms.from_settings("cpu", "NVIDIA L4", {})
     assert "nvidia-smi finds NVIDIA L4, but jax runs on the CPU" in idle
