@@ -205,4 +205,6 @@ def _of_a_micro_batch(x: Any, accumulate: int) -> Any:
     if np.ndim(x) == 0:
         return x
     rows, *rest = _shard_shape(x)
-    return jax.ShapeDtypeStruct((rows // accumulate, *rest), jax.dtypes.canonicalize_dtype(x.dtype))
+    return jax.ShapeDtypeStruct(
+        (rows // accumulate, *rest), jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)
+    )

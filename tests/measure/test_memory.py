@@ -166,3 +166,15 @@ def test_the_table_shows_every_role_that_has_bytes():
         ("peak", "3.00 MiB"),
     ]
     assert "among the activations" in lines[7] and "twice" in lines[8]
+
+
+def test_a_batch_may_hold_keys():
+    """Two uint32 a key: jax canonicalises no key dtype unless asked to let it pass."""
+    model = mpjax.wrap(nn.Dense(2), "float32")
+
+    def loss_fn(params, mstate, keys, rng):
+        return model.apply(params, mstate, jax.vmap(jax.random.normal)(keys)[:, None])[0].mean()
+
+    step = mpjax.make_train_step(loss_fn, optax.sgd(0.1))
+    state = mpjax.TrainState.create(model, step.optimizer, jax.random.key(0), jnp.ones((1, 1)))
+    assert memory_by_role(step, state, jax.random.split(jax.random.key(1), 4)).arguments["batch"] == 32
