@@ -145,7 +145,9 @@ def _combined(found: Gathered, axis: tuple[str, ...], devices: int, first: jax.A
     def added(tree: PyTree) -> PyTree:
         return jax.lax.psum(tree, axis)
 
-    total = added(found.total)
+    total, finite = added(found.total), found.mstate_finite
+    if jax.tree.leaves(found.mstate):  # a state that does not exist is finite on every device
+        finite = added((~finite).astype(jnp.int32)) == 0
     weight = None if found.weight is None else added(found.weight)
     share = jnp.ones_like(found.loss) if found.weight is None else found.weight
     all_shares = jnp.asarray(devices, share.dtype) if weight is None else weight
@@ -161,12 +163,8 @@ def _combined(found: Gathered, axis: tuple[str, ...], devices: int, first: jax.A
         sinks=added(found.sinks),
         metrics=jax.tree.map(mean, found.metrics),
         weight=weight,
-        mstate_finite=_everywhere(found.mstate_finite, axis) if jax.tree.leaves(found.mstate) else found.mstate_finite,
+        mstate_finite=finite,
     )
-
-
-def _everywhere(true: jax.Array, axis: tuple[str, ...]) -> jax.Array:
-    return jax.lax.psum((~true).astype(jnp.int32), axis) == 0
 
 
 def _rounded(x: jax.Array) -> jax.Array:
