@@ -11,6 +11,7 @@ Reduced    gspmd: gradients are summed over devices as GSPMD does, in the dtype 
 XLA        its defaults; overlap: with two options that begin a collective as soon as it can and let many be under way.
 Against    one device: the same step without a mesh, of the same rows a device, timed first in the same process.
            Efficiency is the rate a device over that one's; the bounds are what the slowest and the fastest blocks give.
+           GPUs of one host differ, by 4 % where that was looked at: CUDA_VISIBLE_DEVICES=1 and --devices 1 time another.
 Reads      rate a device; efficiency; memory a device, as planned and as the device counted; bytes of collectives by
            kind, from the optimised program, loops counted; on GPUs the share of a step in which collectives run, and
            in which nothing else does, from a trace (`overlap.py`). A CPU's share is not measured.

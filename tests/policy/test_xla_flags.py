@@ -48,7 +48,7 @@ def test_without_any_it_is_empty(monkeypatch):
 
 
 def test_an_unknown_chip_is_told_the_known_ones():
-    with pytest.raises(ValueError, match=r"got the chip 'H100', .* legal are h100"):
+    with pytest.raises(ValueError, match=r"got the chip 'H100', .* legal are h100, h200"):
         xla_flags("H100")
 
 
@@ -61,14 +61,15 @@ PROGRAM = """
 import os, sys
 import mpjax
 from mpjax.policy import xla_flags as room
-flags = mpjax.xla_flags("h100")
+flags = " ".join(mpjax.xla_flags(chip) for chip in room.FLAGS).strip()
+assert flags.startswith("--")
 assert not {"jax", "numpy", "flax"} & set(sys.modules), "it loaded jax"
 os.environ["XLA_FLAGS"] = flags
 import jax
 room.FLAGS["new"] = (room.Flag("xla_gpu_one", "true", "Does one.", "2026"),)
 assert mpjax.xla_flags("new").endswith("--xla_gpu_one=true")  # imported is not started
 jax.devices()  # a flag that this jaxlib does not know ends the process here
-assert mpjax.xla_flags("h100") == flags  # it is all set: nothing came too late
+assert mpjax.xla_flags("h200") == flags  # it is all set: nothing came too late
 try:
     mpjax.xla_flags("new")
 except RuntimeError as error:
