@@ -63,11 +63,12 @@ def long_sums(program: Program, compute_of: ComputeOf) -> Iterator[Finding]:
     """A sum in half of more terms than the format can count, 2/eps: 256 in bfloat16, 2048 in float16.
 
     There one more term of average size no longer changes the sum, if it is taken term by term. Maxima are exact and
-    are none. Neither are the sums in a backward pass that undo a broadcast, such as a bias's gradient: nobody writes
-    them, nobody can cast before them, and as XLA adds them up (in a tree) their error stays a few roundings of their
-    result, however many rows there are: a test measures that. Two sums of a backward pass are taken one by one, and do
-    stand still, and are findings: the gradient of rows looked up in a half-precision table, and what a loop adds to a
-    carry.
+    are none. Neither are the sums in a backward pass that undo a broadcast, such as the gradient of a bias that is added
+    by hand (that of Flax's layers is summed in float32): nobody writes them, and as XLA adds them up on a CPU, in a tree,
+    their error stays a few roundings of their result, however many rows there are: a test measures that. For an H100 it
+    adds up to 128 one after another: 1.4 % of the result where signs vary, 9 % where all are 0.3. Two sums of a backward
+    pass are taken one by one on any device, and do stand still, and are findings: the gradient of rows looked up in a
+    half-precision table, and what a loop adds to a carry.
     """
     for node in program.nodes:
         dtype = half(node.outputs[0]) if node.outputs else None

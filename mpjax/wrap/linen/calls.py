@@ -15,10 +15,19 @@ from flax import linen as nn
 from mpjax.core.dtypes import is_float
 from mpjax.core.scopes import scope_name
 from mpjax.core.tree import cast_floating, cast_like
+from mpjax.numerics.bias import has_added
 from mpjax.numerics.dot import apart
 from mpjax.numerics.probe import Sinks, tap_tree
 from mpjax.policy.rules import PolicyMap, Resolution
-from mpjax.wrap.linen.layers import UPCASTING_NORMS, dressed, fields_for, fields_for_lookup, looks_up
+from mpjax.wrap.linen.layers import (
+    UPCASTING_NORMS,
+    bias_as_constant,
+    bias_of,
+    dressed,
+    fields_for,
+    fields_for_lookup,
+    looks_up,
+)
 from mpjax.wrap.linen.sites import Sites, lifted_path, module_path, trace_key
 
 
@@ -34,6 +43,8 @@ class Frame:
     keys: contextlib.ExitStack
     table: dict[str, Any] | None = None
     """Of an Embed: the fields by which it looks up in the master table."""
+    bias: jax.Array | None = None
+    """The master bias that this call adds in half."""
 
     @property
     def name(self) -> str:
@@ -100,6 +111,7 @@ class Interceptor(contextlib.AbstractContextManager):
                 return cast_floating(next_fun(*args, **kwargs), caller.stream)
         with jax.named_scope(scope_name(path)):
             frame = Frame(module, path, method, found, caller, contextlib.ExitStack())
+            frame.bias = bias_of(module, context.orig_method, compute)
             return self._run(next_fun, args, kwargs, frame, rows)
 
     def _run(self, next_fun: Callable, args: tuple, kwargs: dict, frame: Frame, rows: bool) -> Any:
@@ -113,8 +125,12 @@ class Interceptor(contextlib.AbstractContextManager):
                 dot = self.rules.dot_at(frame.path, self.classes)
                 frame.table = fields_for_lookup(module)
                 fields = (frame.table if rows else None) or fields_for(module, frame.stream, dot)
+                if frame.bias is not None:
+                    fields["promote_dtype"] = bias_as_constant
                 with dressed(module, frame.stream, **fields):
                     out = next_fun(*args, **kwargs)
+                if frame.bias is not None:
+                    out = has_added(out, frame.bias)
                 if "dot_general" in fields:
                     out = apart(out)
                 if rows:

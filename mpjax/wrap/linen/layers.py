@@ -8,9 +8,11 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
 
 from mpjax.core.tree import cast_floating
 from mpjax.numerics.attention import attention, warn_of_float16_on_cpu
@@ -121,6 +123,31 @@ def fields_for_lookup(module: nn.Module) -> dict[str, Any] | None:
     if not isinstance(module, nn.Embed) or type(module).setup is not nn.Embed.setup:
         return None
     return {"dtype": None, "embedding": nn.unbox(module.get_variable("params", "embedding"))}
+
+
+_ADD_BIAS = {inspect.unwrap(cls.__call__) for cls in (*DENSE, nn.Conv, nn.ConvTranspose)}
+
+
+def bias_of(module: nn.Module, method: Any, compute: np.dtype) -> jax.Array | None:
+    """The bias, as the params have it, that this call adds in half over the last axes of its result; else None.
+
+    Only Flax's own call is known to end with that, not a subclass's around it.
+    """
+    if (
+        compute.itemsize >= 4
+        or getattr(method, "func", None) not in _ADD_BIAS
+        or np.size(getattr(module, "batch_dims", ()))
+    ):
+        return None
+    if vars(module)["promote_dtype"] is not promote_dtype or not module.has_variable("params", "bias"):
+        return None
+    return nn.unbox(module.get_variable("params", "bias"))
+
+
+def bias_as_constant(*arrays: Any, **options: Any) -> list[Any]:
+    """A layer's `promote_dtype` while `has_added` stands for the derivative by its bias."""
+    *others, bias = promote_dtype(*arrays, **options)
+    return [*others, jax.lax.stop_gradient(bias)]
 
 
 def init_in_full(rules: PolicyMap, classes: dict[str, type]) -> Callable:

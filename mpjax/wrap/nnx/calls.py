@@ -14,9 +14,10 @@ from flax.nnx.nn.recurrent import RNNCellBase
 
 from mpjax.core.scopes import scope_name
 from mpjax.core.tree import cast_floating, cast_like
+from mpjax.numerics.bias import has_added
 from mpjax.numerics.dot import apart
 from mpjax.numerics.probe import Sinks, tap_tree
-from mpjax.wrap.nnx.layers import DENSE, UPCASTING_NORMS, looks_up
+from mpjax.wrap.nnx.layers import DENSE, UPCASTING_NORMS, adds_bias, bias_as_constant, bias_of, looks_up
 from mpjax.wrap.nnx.sites import Site
 
 running: contextvars.ContextVar[Site | None] = contextvars.ContextVar("site of the module that runs", default=None)
@@ -66,9 +67,32 @@ class _Lookup(nnx.Embed):
     __call__: Any = _look_up
 
 
+def _adding(method: Any) -> Callable:
+    """The call of a layer that adds a bias in half: its gradient is summed in float32."""
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        site: Site | None = vars(self).get(SITE)
+        token = running.set(None)  # under no site a Param is read as it is
+        try:
+            bias = None if site is None else bias_of(self, site.compute)
+        finally:
+            running.reset(token)
+        if bias is None:
+            return method(self, *args, **kwargs)
+        own = vars(self)["promote_dtype"]
+        vars(self)["promote_dtype"] = bias_as_constant
+        try:
+            return has_added(method(self, *args, **kwargs), bias)
+        finally:
+            vars(self)["promote_dtype"] = own
+
+    return call
+
+
 def _crossing(name: str, method: Any) -> Callable:
     """`method`, converting if it is entered from another module."""
-    method = _look_up if looks_up(method) else method
+    method = _look_up if looks_up(method) else _adding(method) if adds_bias(method) else method
 
     @functools.wraps(method)
     def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 
 from mpjax.numerics.attention import attention, warn_of_float16_on_cpu
 from mpjax.numerics.delayed import DelayedDot
@@ -86,6 +87,24 @@ def looks_up(method: Any) -> bool:
     the dtype of the table. Cast before, that of a token which occurs 1,000 times in a batch came out as 256 in bfloat16.
     """
     return method is vars(nnx.Embed)["__call__"]
+
+
+def adds_bias(method: Any) -> bool:
+    """Whether a method ends by adding a bias: the call of one of Flax's own layers."""
+    return any(method is vars(cls)["__call__"] for cls in (*DENSE, nnx.Conv, nnx.ConvTranspose))
+
+
+def bias_of(module: Any, compute: np.dtype) -> jax.Array | None:
+    """The bias that such a call adds in half over the last axes of its result, as it is read here; else None."""
+    if compute.itemsize >= 4 or module.bias is None or getattr(module, "batch_axis", None):
+        return None
+    return module.bias[...] if module.promote_dtype is promote_dtype else None
+
+
+def bias_as_constant(arrays: tuple, /, **options: Any) -> tuple:
+    """A layer's `promote_dtype` while `has_added` stands for the derivative by its bias."""
+    *others, bias = promote_dtype(arrays, **options)
+    return (*others, jax.lax.stop_gradient(bias))
 
 
 def _as_they_are(arrays: tuple, **_: Any) -> tuple:
