@@ -27,8 +27,9 @@ def training_curves(
 
     Args:
       runs: from a run's name to its curves, each a sequence of numbers: `loss`, `loss_scale` and `skipped` (how many so
-        far) for each attempt, and under `attempt` their indices (0, 1, … by default); a held-out metric for each
-        evaluation, and under `eval_attempt` the attempts made before it. The first run is the reference.
+        far; `skipped_in_a_row`, where it is there, tells skips of a run that went on from another) for each attempt, and
+        under `attempt` their indices (0, 1, … by default); a held-out metric for each evaluation, and under
+        `eval_attempt` the attempts made before it. The first run is the reference.
       path: of the PNG; its folder is made.
       metric: the name of the held-out metric. One called accuracy is taken for a fraction and shown in percent.
       title: what stands above.
