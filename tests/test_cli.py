@@ -106,6 +106,12 @@ def test_a_narrow_terminal_cuts_nothing_off(columns, monkeypatch, capsys):
     assert ["".join(parts).replace(" ", "") for parts in zip(*lines, strict=True)] == facts
 
 
+def test_names_in_a_table_are_no_markup(capsys):
+    names = ["w[in]", "[red]", "[/b]", ":x:"]
+    show("Params", ["module"], [[name] for name in names])
+    assert [line.strip("│ ") for line in capsys.readouterr().out.splitlines() if line.startswith("│")] == names
+
+
 def test_hardware_shows_every_chip_and_every_source(capsys):
     assert main(["hardware"]) == 0
     shown = capsys.readouterr().out

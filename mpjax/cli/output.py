@@ -18,7 +18,8 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
     import rich.console
     import rich.table
 
-    console = rich.console.Console(width=None if sys.stdout.isatty() else 160)
+    width = None if sys.stdout.isatty() else 160
+    console = rich.console.Console(width=width, markup=False, emoji=False)  # a param may be called "w[in]" or ":x:"
     table = rich.table.Table(title=title, title_justify="left")
     for column in columns:
         table.add_column(column, overflow="fold", min_width=4)  # rich would drop the letters, or the whole column

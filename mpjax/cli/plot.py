@@ -61,6 +61,7 @@ def plot(
 def _draw(runs: Mapping[str, Recorded], out: Path, attempt: int | None) -> list[Path]:
     from mpjax.measure.plots import exponent_ranges, loss_scale_history, training_curves
     from mpjax.measure.plots.curves import scaled_runs
+    from mpjax.measure.plots.figure import literal
     from mpjax.measure.runs import exponent_counts
 
     probes = {name: _chosen(recorded.probes, attempt) for name, recorded in runs.items()}
@@ -75,13 +76,13 @@ def _draw(runs: Mapping[str, Recorded], out: Path, attempt: int | None) -> list[
     curves = {name: _curves(recorded, metric, shown) for name, recorded in runs.items()}
     if any(curve.get("loss") or curve.get(shown) for curve in curves.values()):
         of = next(iter(runs)) if len(runs) == 1 else "several precision policies"
-        written.append(training_curves(curves, out / "curves.png", metric=shown, title=f"Training under {of}"))
+        written.append(training_curves(curves, out / "curves.png", metric=shown, title=f"Training under {literal(of)}"))
     if scaled_runs(curves):
         written.append(loss_scale_history(curves, out / "loss_scale.png"))
     for name, probed in probes.items():
         counts = exponent_counts(probed) if probed else {}
         if any(n for layers in counts.values() for found in layers.values() for n in found.values()):
-            title = f"{name}, attempt {probed['attempt']}"
+            title = f"{literal(name)}, attempt {probed['attempt']}"
             path = out / f"exponents-{name}.png"
             written.append(exponent_ranges(counts, path, loss_scale=float(probed.get("loss_scale", 1)), title=title))
     return written

@@ -75,6 +75,8 @@ def _entered(values: Sequence[Value], variables: Sequence[Any], place: _Place, n
 
 def _read_equation(eqn: Any, operands: tuple[Value, ...], place: _Place, nodes: list[Node]) -> Sequence[Value]:
     name, inner = eqn.primitive.name, list(sub_jaxprs(eqn))
+    if name == "custom_linear_solve":
+        inner = [_jaxpr(eqn.params["jaxprs"].solve)]  # the others are there for its derivatives, and are not run
     if len(inner) == 1 and _is_call(eqn, inner[0]):
         return _read(inner[0], operands, place, nodes)
     results = tuple(Value(v.aval) for v in eqn.outvars)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mpjax.core.dtypes import wide
 from mpjax.core.types import Batch, PyTree
@@ -144,6 +145,9 @@ def memory_by_role(step: TrainStep, state: TrainState, batch: Batch) -> MemoryAc
     [32, 32, 128]
     """
     planned = step_memory(step.lower(state, batch))
+    if step.mesh is not None and step.reduce_dtype is not None:  # it cuts up a batch that comes whole, as from the host
+        by_rows = NamedSharding(step.mesh, PartitionSpec(step.axis))
+        batch = jax.tree.map(lambda x: _cut(x, by_rows) if np.ndim(x) else x, batch)
     counted = (state.params, state.opt_state, state.ema, state.mstate, batch)
     roles = ("master weights", "optimizer state", "moving average", "mstate", "batch")
     arguments = dict(zip(roles, map(_on_one_device, counted), strict=True))
@@ -192,7 +196,7 @@ def _bytes(x: Any, whole: bool = False, dtype: Any = None) -> int:
     if not hasattr(x, "dtype"):
         x = jax.eval_shape(jax.numpy.asarray, x)
     shape = np.shape(x) if whole else _shard_shape(x)
-    return math.prod(shape) * np.dtype(dtype or x.dtype).itemsize
+    return math.prod(shape) * np.dtype(dtype or _dtype(x)).itemsize
 
 
 def _shard_shape(x: Any) -> tuple[int, ...]:
@@ -205,6 +209,13 @@ def _of_a_micro_batch(x: Any, accumulate: int) -> Any:
     if np.ndim(x) == 0:
         return x
     rows, *rest = _shard_shape(x)
-    return jax.ShapeDtypeStruct(
-        (rows // accumulate, *rest), jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)
-    )
+    return jax.ShapeDtypeStruct((rows // accumulate, *rest), _dtype(x))
+
+
+def _cut(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(np.shape(x), _dtype(x), sharding=sharding)
+
+
+def _dtype(x: Any) -> Any:
+    """The dtype in which jax takes an array in; a key's is its own."""
+    return jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)

@@ -19,7 +19,9 @@ class Recorded:
     """What one policy's run wrote.
 
     Args:
-      curves: `attempt`, and a number for each under `loss`, `loss_scale`, … as `training_curves` takes them.
+      curves: `attempt`, and a number for each under `loss`, `loss_scale`, … as `training_curves` takes them; NaN where
+        there is none. Of attempts that a resumed run made anew the later ones, and nothing that the earlier run did
+        beyond: the state went on without it.
       evaluations: from a held-out metric to (attempts before it, values).
       probes: the lines of `probe.jsonl`, by attempt.
       left_out: what could not be read, in words: the last line of a run that was killed.
@@ -94,27 +96,49 @@ def _policies(config: Path) -> list[str]:
 
 
 def _read(folder: Path) -> Recorded:
-    metrics, odd = _lines(folder / METRICS, "step", "eval")
-    probes, odd_probes = _lines(folder / PROBE, "readings")
-    # A resumed run repeats the attempts after its checkpoint: the later line is what the state went on from.
-    steps = {line["attempt"]: line["step"] for line in sorted(metrics, key=_attempt) if "step" in line}
-    evals = {line["attempt"]: line["eval"] for line in sorted(metrics, key=_attempt) if "eval" in line}
-    curves: dict[str, list[Any]] = {"attempt": list(steps)}
+    metrics, odd = _lines(folder / METRICS, dict, "step", "eval")
+    probes, odd_probes = _lines(folder / PROBE, list, "readings")
+    steps: dict[int, Mapping[str, Any]] = {}
+    evals: dict[int, Mapping[str, Any]] = {}
+    for line in metrics:
+        attempt = line["attempt"]
+        if "step" in line:
+            _go_back(steps, attempt)
+            _go_back(evals, attempt + 1)  # one at this attempt was made before it
+            steps[attempt] = line["step"]
+        if "eval" in line:
+            _go_back(evals, attempt)
+            evals[attempt] = line["eval"]
+    probed: dict[int, Mapping[str, Any]] = {}
+    for line in probes:
+        _go_back(probed, line["attempt"])
+        probed[line["attempt"]] = line
+    curves: dict[str, list[Any]] = {"attempt": []}
     for name in dict.fromkeys(name for step in steps.values() for name in step):
-        curves[name] = [float(step.get(name, math.nan)) for step in steps.values()]
+        curves[name] = [_number(step.get(name)) for step in steps.values()]
+    curves["attempt"] = list(steps)  # last: a metric may have that name
     evaluations = {}
     for name in dict.fromkeys(name for found in evals.values() for name in found):
         at = [attempt for attempt, found in evals.items() if name in found]
-        evaluations[name] = (at, [float(evals[attempt][name]) for attempt in at])
-    return Recorded(curves, evaluations, {line["attempt"]: line for line in probes}, (*odd, *odd_probes))
+        evaluations[name] = (at, [_number(evals[attempt][name]) for attempt in at])
+    return Recorded(curves, evaluations, probed, (*odd, *odd_probes))
 
 
-def _attempt(line: Mapping[str, Any]) -> int:
-    attempt: int = line["attempt"]
-    return attempt
+def _go_back(found: dict[int, Any], attempt: int) -> None:
+    """Forget this attempt and all behind it: a run that repeats one went on from a state in which they had not been."""
+    while found and next(reversed(found)) >= attempt:
+        found.popitem()
 
 
-def _lines(path: Path, *kinds: str) -> tuple[list[dict[str, Any]], list[str]]:
+def _number(value: Any) -> float:
+    """NaN for what is none: a user's own text, list or null."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def _lines(path: Path, shape: type, *kinds: str) -> tuple[list[dict[str, Any]], list[str]]:
     """The records of an attempt in a file, a line each, and a word for each line that is none."""
     good, odd = [], []
     if path.is_file():
@@ -123,7 +147,7 @@ def _lines(path: Path, *kinds: str) -> tuple[list[dict[str, Any]], list[str]]:
                 line = json.loads(text)
             except ValueError:
                 line = None
-            whole = isinstance(line, dict) and any(isinstance(line.get(kind), dict | list) for kind in kinds)
+            whole = isinstance(line, dict) and any(isinstance(line.get(kind), shape) for kind in kinds)
             if whole and isinstance(line.get("attempt"), int):
                 good.append(line)
             else:

@@ -18,7 +18,7 @@ class JsonlWriter(Hook):
 
     A number that JSON has no word for is written as the string "nan", "inf" or "-inf". Lines are appended and flushed as
     they come, so that a run that dies keeps what it measured. A run that goes on may write an attempt again: the later line
-    holds. What a kill left of a last line stays a line of its own.
+    holds, and what came before it of later attempts no longer does. What a kill left of a last line stays a line of its own.
 
     Args:
       path: the file; its folder is made.

@@ -97,6 +97,11 @@ def test_remat_recomputes():
     assert flops(jax.grad(jax.checkpoint(loss), argnums=(0, 1)), W, X) == 8 * DENSE
 
 
+def test_of_a_linear_solve_only_the_solution_counts():
+    """jax keeps the product with the matrix beside it, for its derivatives: no product of this program is run."""
+    assert flops(jnp.linalg.solve, jnp.eye(4), jnp.ones((4, 2))) == 0
+
+
 def test_a_while_loop_counts_once_and_is_flagged():
     def loop(x):
         h = jax.lax.while_loop(lambda h: jnp.exp(h).sum() < 3, lambda h: jnp.tanh(h @ W), x)

@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import linen as nn
@@ -143,6 +144,19 @@ def test_on_a_mesh_the_bytes_are_those_of_one_device():
     assert found.temporaries["gradients"] == cut + whole
     assert found.temporaries["activations"] == 2 * (16 + 16) * 4
     assert found.planned["arguments"] == sum(found.arguments.values()) - 2 * 4
+
+
+@pytest.mark.parametrize("reduce_dtype", [None, "float32"])
+def test_a_batch_of_the_host_is_what_a_device_gets_of_it(reduce_dtype):
+    """numpy's int64 and float64 arrive in 32 bits, and under a `reduce_dtype` the step itself cuts up what comes whole."""
+    mesh = jax.make_mesh((8,), ("data",))
+    job, state = two_layers("float32")
+    host = {"x": np.ones((ROWS, 8)), "y": np.ones((ROWS, 6)), "id": np.arange(ROWS)}
+    found = memory_by_role(job.step(mesh=mesh, reduce_dtype=reduce_dtype), mpjax.shard_state(state, mesh), host)
+    rows = ROWS if reduce_dtype is None else ROWS // 8
+    assert found.arguments["batch"] == rows * (8 + 6 + 1) * 4
+    assert found.temporaries["activations"] == rows * (16 + 16) * 4
+    assert found.planned["arguments"] == sum(found.arguments.values()) - rows * 4
 
 
 def test_the_table_shows_every_role_that_has_bytes():

@@ -197,6 +197,13 @@ assert dict(matplotlib.rcParams) == before
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+def test_two_runs_that_overflow_at_one_attempt_have_no_distance_there(figures):
+    """And no warning comes."""
+    training_curves({name: {"loss": [np.inf, 1.0]} for name in "ab"}, "x.png")
+    (line,) = panels(figures[0])["distance from the loss of a"].lines
+    assert np.isnan(line.get_ydata()[0])
+
+
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"need matplotlib, which is not installed; install mpjax\[experiments\]"):

@@ -196,3 +196,9 @@ def test_a_png_is_written_and_numpy_counts_will_do(tmp_path):
     path = exponent_ranges(counts, tmp_path / "new" / "a.png")
     data = path.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 10_000
+
+
+def test_a_kind_without_layers_and_a_span_beyond_all_values(figures):
+    exponent_ranges({"activation": {}, "gradient": {"a": {3: 1}}}, "x.png", span=(20, 60))
+    (axes, _) = figures[0].axes  # and the colour bar
+    assert axes.get_title() == "gradients" and axes.get_xlim() == (20, 61)

@@ -29,6 +29,11 @@ def test_the_scale_is_drawn_with_its_skips_on_an_axis_of_powers_of_two(figures):
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("attempt (applied and skipped steps)", "loss scale (log scale)")
 
 
+def test_a_resumed_run_has_not_skipped_what_was_skipped_before(figures):
+    loss_scale_history({"a": FLOAT16 | {"skipped": [7, 7, 7, 8], "skipped_in_a_row": [0, 0, 0, 1]}}, "x.png")
+    assert figures[0].axes[0].lines[1].get_xdata().tolist() == [13] and legend(figures[0]) == ["a: 1 of 4 skipped"]
+
+
 def test_a_run_has_the_colour_that_it_has_in_training_curves(figures):
     loss_scale_history({"float32": FLOAT32, "float16": FLOAT16}, "x.png")
     assert figures[0].axes[0].lines[0].get_color() == "#0072B2"  # the second colour, though it is drawn alone

@@ -61,10 +61,33 @@ def test_a_resumed_run_repeats_attempts_and_the_later_ones_hold(tmp_path):
     assert math.isnan(run.curves["grad_norm"][0]) and run.curves["grad_norm"][2] == 7
 
 
-def test_foreign_lines_are_no_records(tmp_path):
-    write(tmp_path / "metrics.jsonl", [1], {"attempt": "a", "step": {}}, {"step": {}}, {"attempt": 1, "step": 3}, "7\n")
+def test_what_an_earlier_run_did_beyond_is_forgotten(tmp_path):
+    """Back at 2 of 4 with a lower learning rate, say, and not there again: no curve jumps from the one to the other."""
+    lines = [step(0, 3.0), step(1, 2.0), {"attempt": 2, "eval": {"a": 0.5}}, step(2, 8.0), step(3, 9.0)]
+    write(tmp_path / "metrics.jsonl", *lines, {"attempt": 4, "eval": {"a": 0.1}}, step(2, 1.0))
+    write(tmp_path / "probe.jsonl", *({"attempt": n, "readings": []} for n in (0, 2, 1)))
     (run,) = read_runs(tmp_path).values()
-    assert run.curves == {"attempt": []} and len(run.left_out) == 5
+    assert (run.curves["loss"], run.evaluations, list(run.probes)) == ([3, 2, 1], {"a": ([2], [0.5])}, [0, 1])
+
+
+def test_a_metric_that_is_no_number_has_none_and_attempts_stay_what_they_are(tmp_path):
+    odd = {"note": "warm", "per_class": [1, 2], "huge": 10**400, "attempt": 9}
+    write(
+        tmp_path / "metrics.jsonl",
+        {"attempt": 0, "step": {"loss": None, **odd}},
+        step(1, 2.0),
+        {"attempt": 2, "eval": {"a": None}},
+    )
+    (run,) = read_runs(tmp_path).values()
+    assert run.curves.pop("attempt") == [0, 1] and run.curves.pop("loss")[1] == 2
+    assert all(map(math.isnan, [values[0] for values in run.curves.values()] + run.evaluations["a"][1]))
+
+
+def test_foreign_lines_are_no_records(tmp_path):
+    foreign = [1], {"attempt": "a", "step": {}}, {"step": {}}, {"attempt": 1, "step": 3}, {"attempt": 1, "step": [3]}
+    write(tmp_path / "metrics.jsonl", *foreign, "7\n")
+    (run,) = read_runs(tmp_path).values()
+    assert run.curves == {"attempt": []} and len(run.left_out) == 6
 
 
 def test_a_folder_without_runs_is_empty_and_a_file_is_refused(tmp_path):

@@ -399,8 +399,9 @@ def test_the_report_is_plain_text_in_a_notebook(file, monkeypatch):
     """Where rich would show a table by itself, and a kernel asks for colours."""
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     monkeypatch.setenv("FORCE_COLOR", "1")
-    report = mpjax.export_weights({"w": np.ones((4, 4), np.float32)}, file.with_name("plain"), "int8")
+    report = mpjax.export_weights({"w[in]": np.ones((4, 4), np.float32)}, file.with_name("plain"), "int8")
     assert re.match(r" tensor +shape +given", str(report)) and "\x1b" not in str(report)
+    assert "w[in]" in str(report)  # which is no markup
 
 
 def test_files_of_other_kinds_and_times_are_told_apart(file):

@@ -23,7 +23,10 @@ def curve(run: Curves, key: str, at: str = "attempt") -> tuple[np.ndarray, np.nd
 
 
 def skipped_attempts(run: Curves) -> np.ndarray:
-    """The attempts that were skipped: where the total grew."""
+    """The attempts that were skipped: by `skipped_in_a_row`, or without it where the total grew from 0 on."""
+    if "skipped_in_a_row" in run:  # of a resumed run the total does not begin at 0
+        x, row = curve(run, "skipped_in_a_row")
+        return x[row > 0]
     if "skipped" not in run:
         return np.array([], int)
     x, total = curve(run, "skipped")

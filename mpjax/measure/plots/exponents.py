@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mpjax.core.dtypes import facts
-from mpjax.measure.plots.figure import FORMAT_COLOURS, GREY, handle, head, new_figure, plain, save, shortened
+from mpjax.measure.plots.figure import FORMAT_COLOURS, GREY, handle, head, literal, new_figure, plain, save, shortened
 
 Histogram = Mapping[Any, Any]
 """How many values have each exponent ⌊log2|x|⌋, and under `"zero"`, `"inf"` and `"nan"` how many have none."""
@@ -65,6 +65,7 @@ def exponent_ranges(
     'a.png'
     """
     _check(counts, loss_scale, span)
+    counts = {kind: layers for kind, layers in counts.items() if layers}
     groups = _groups(counts)
     scales = {kind: loss_scale if kind == "gradient" else 1.0 for kind in counts}
     low, high = _axis(counts, scales, span)
@@ -123,7 +124,7 @@ def _groups(counts: Mapping[str, Mapping[str, Histogram]]) -> list[tuple[list[st
     below each other: in one row of panels half of each would be empty."""
     groups: list[tuple[list[str], list[str]]] = []
     for kind, histograms in counts.items():
-        home = next((group for group in groups if not histograms or not histograms.keys().isdisjoint(group[1])), None)
+        home = next((group for group in groups if not histograms.keys().isdisjoint(group[1])), None)
         if home is None:
             groups.append(([kind], list(histograms)))
         else:
@@ -140,7 +141,8 @@ def _axis(counts: Mapping[str, Any], scales: Mapping[str, float], span: tuple[in
         for histogram in histograms.values():
             here = _exponents(histogram)
             seen.update(here, (math.floor(exponent - math.log2(scales[kind])) for exponent in here))
-    return max(min(seen), span[0]), min(max(seen), span[1])
+    low, high = max(min(seen), span[0]), min(max(seen), span[1])
+    return (low, high) if low < high else span
 
 
 def _draw_panel(axes: Any, kind: str, histograms: Sequence[Histogram], low: int, high: int, scale: float) -> Any:
@@ -237,7 +239,7 @@ def _names(layers: Sequence[str]) -> tuple[str, list[str]]:
         levels = enumerate(zip(*(parts[:-1] for parts in split), strict=False))  # as deep as the shallowest goes
         shared = next((i for i, level in levels if len(set(level)) > 1), min(map(len, split)) - 1)
     names = [shortened("/".join(parts[shared:]) or "·", NAME_LENGTH) for parts in split]
-    return "/".join(split[0][:shared]), names
+    return literal("/".join(split[0][:shared])), [literal(name) for name in names]
 
 
 def _format_rows() -> list[float]:

@@ -49,7 +49,16 @@ def handle(label: str, **style: Any) -> Any:
     """What stands for a curve in a legend."""
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], label=label, **style)
+    return Line2D([], [], label=literal(label), **style)
+
+
+def literal(name: str) -> str:
+    """A name as it is written: matplotlib sets what stands between two dollars as a formula, or fails to.
+
+    >>> literal("$x_1$")
+    '\\\\$x_1\\\\$'
+    """
+    return name.replace("$", r"\$")
 
 
 def shortened(name: str, length: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mpjax.measure.parity import Parity
-from mpjax.measure.plots.figure import COLOURS, GREY, LINES, handle, head, new_figure, plain, save
+from mpjax.measure.plots.figure import COLOURS, GREY, LINES, handle, head, literal, new_figure, plain, save
 
 BAND = "#009E73"
 
@@ -54,7 +54,7 @@ def parity_curves(result: Parity, path: str | Path, *, title: str | None = None)
         handle(result.candidate, color=COLOURS[1], linewidth=1.5, linestyle=LINES[1]),
         handle(margin, color=BAND, linewidth=8, alpha=0.25),
     ]
-    head(figure, title or result.explain().partition(";")[0], handles)
+    head(figure, title or literal(result.explain().partition(";")[0]), handles)
     return save(figure, path)
 
 
@@ -81,7 +81,7 @@ def _draw_curves(axes: Any, result: Parity) -> None:
 
 def _draw_differences(axes: Any, result: Parity) -> None:
     """A row a seed, below them the mean with its interval, and the spread between the reference's seeds."""
-    name, test, seeds = result.metric.removeprefix("-"), result.test, len(result.pairs)
+    name, test, seeds = literal(result.metric.removeprefix("-")), result.test, len(result.pairs)
     unit, word = _unit(result)
     found = unit * np.array([pair.difference for pair in result.pairs])
     rows = np.arange(seeds)
@@ -102,7 +102,7 @@ def _draw_differences(axes: Any, result: Parity) -> None:
         )
     share = f"{100 * (1 - 2 * test.alpha):g} %"
     labels = [f"seed {pair.seed}" + (" diverged" if pair.candidate.diverged else "") for pair in result.pairs]
-    axes.set_yticks(range(seeds + 2), [*labels, f"mean, {share} interval", f"± sd of {result.reference}"])
+    axes.set_yticks(range(seeds + 2), [*labels, f"mean, {share} interval", f"± sd of {literal(result.reference)}"])
     axes.set_ylim(seeds + 1.7, -0.7)
     axes.grid(axis="y", visible=False)
     axes.set_title(f"paired differences in {name}")

@@ -13,6 +13,7 @@ from mpjax.measure.plots.figure import (
     OTHER_FORMAT,
     handle,
     head,
+    literal,
     new_figure,
     plain,
     save,
@@ -81,7 +82,7 @@ def policy_by_layer(
     plain(axes)
     axes.grid(visible=False, axis="both" if flops is None else "y")
     axes.spines["left"].set_visible(False)
-    axes.set_yticks(range(len(rows)), names, ha="left")
+    axes.set_yticks(range(len(rows)), map(literal, names), ha="left")
     axes.tick_params(axis="y", length=0, pad=left)
     colours = {row.compute.name: FORMAT_COLOURS.get(row.compute.name, OTHER_FORMAT) for row in rows}
     axes.barh(range(len(rows)), lengths, 0.74, color=[colours[row.compute.name] for row in rows])
@@ -107,7 +108,7 @@ def policy_by_layer(
         place = {"xycoords": axes.get_yaxis_transform(), "xytext": (at, 0), **SMALL}
         axes.annotate(name, (1, -0.95), color=GREY, **place)
         for i, cell in enumerate(cells[name]):
-            axes.annotate(cell, (1, i), **place)
+            axes.annotate(literal(cell), (1, i), **place)
     head(figure, title, [handle(f"computes in {name}", color=colour, linewidth=6) for name, colour in colours.items()])
     return save(figure, path)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mpjax.measure.plots.curves import Curves, curve, draw_scale, scaled_runs, skipped_attempts, styles_of
-from mpjax.measure.plots.figure import MARKERS, handle, head, new_figure, plain, save
+from mpjax.measure.plots.figure import MARKERS, handle, head, literal, new_figure, plain, save
 
 
 def training_curves(
@@ -27,8 +27,9 @@ def training_curves(
 
     Args:
       runs: from a run's name to its curves, each a sequence of numbers: `loss`, `loss_scale` and `skipped` (how many so
-        far) for each attempt, and under `attempt` their indices (0, 1, … by default); a held-out metric for each
-        evaluation, and under `eval_attempt` the attempts made before it. The first run is the reference.
+        far; `skipped_in_a_row`, where it is there, tells skips of a run that went on from another) for each attempt, and
+        under `attempt` their indices (0, 1, … by default); a held-out metric for each evaluation, and under
+        `eval_attempt` the attempts made before it. The first run is the reference.
       path: of the PNG; its folder is made.
       metric: the name of the held-out metric. One called accuracy is taken for a fraction and shown in percent.
       title: what stands above.
@@ -83,12 +84,12 @@ def _draw_loss(axes: Any, curves: Any, styles: Any, **_: Any) -> None:
 
 def _draw_distance(axes: Any, curves: Any, styles: Any, reference: str, **_: Any) -> None:
     _noisy(axes, curves, styles)
-    axes.set_title(f"distance from the loss of {reference}")
+    axes.set_title(f"distance from the loss of {literal(reference)}")
     axes.set_ylabel("|difference of losses|" + (" (log scale)" if axes.get_yscale() == "log" else ""))
 
 
 def _draw_metric(axes: Any, curves: Any, styles: Any, metric: str, **_: Any) -> None:
-    percent = metric == "accuracy"
+    percent, metric = metric == "accuracy", literal(metric)
     for i, (name, (x, y)) in enumerate(curves.items()):
         axes.plot(x, 100 * y if percent else y, marker=MARKERS[i % len(MARKERS)], markersize=4.5, **styles[name])
     axes.set_title(f"test {metric}")
@@ -98,7 +99,8 @@ def _draw_metric(axes: Any, curves: Any, styles: Any, metric: str, **_: Any) -> 
 def _distance(curve: tuple[np.ndarray, np.ndarray], reference: tuple[np.ndarray, np.ndarray]) -> tuple:
     """|difference| at the attempts that both have."""
     shared, here, there = np.intersect1d(curve[0], reference[0], return_indices=True)
-    return shared, np.abs(curve[1][here] - reference[1][there])
+    with np.errstate(invalid="ignore", over="ignore"):  # ∞ − ∞, where both overflowed
+        return shared, np.abs(curve[1][here] - reference[1][there])
 
 
 def _noisy(axes: Any, curves: Any, styles: Any) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mpjax.measure.plots.figure import COLOURS, GREY, MARKERS, handle, head, new_figure, plain, save
+from mpjax.measure.plots.figure import COLOURS, GREY, MARKERS, handle, head, literal, new_figure, plain, save
 
 
 def gradient_underflow(
@@ -77,7 +77,7 @@ def gradient_underflow(
     error.tick_params(labelleft=False)
     for axes in (vanish, error):
         plain(axes)
-    vanish.set_yticks(range(len(layers)), layers)
+    vanish.set_yticks(range(len(layers)), map(literal, layers))
     vanish.set_ylim(len(layers) - 0.3, -0.7)
     vanish.set_ylabel("layer, input on top")
     head(figure, title, [handle(name, **looks[name]) for name in names])

@@ -96,7 +96,8 @@ class ExportReport:
             table.columns.pop()
         out = io.StringIO()
         # As wide as its longest row: a path that is cut names nothing. In a notebook rich would show it instead, or colour it.
-        Console(file=out, width=10**4, force_jupyter=False, force_terminal=False).print(table)
+        console = Console(file=out, width=10**4, force_jupyter=False, force_terminal=False, markup=False, emoji=False)
+        console.print(table)
         lines = [line.rstrip() for line in out.getvalue().splitlines()]
         lines.append(f"{self.bytes_before:,} → {self.bytes_after:,} bytes, {self.size_ratio:.2f} times smaller")
         for name, before in (self.metric_before or {}).items():
