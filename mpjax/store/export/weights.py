@@ -129,7 +129,7 @@ def _row(name: str, leaf: Any, back: Any, stored: Stored) -> TensorReport:
     after = stored.array.nbytes + (0 if stored.scale is None else stored.scale.nbytes)
     if is_key(leaf):
         return TensorReport(name, tuple(leaf.shape), str(leaf.dtype), stored.format, stored.array.nbytes, after)
-    x = as_array(name, leaf)
+    x = as_array(leaf)
     cost = (math.inf, 0.0) if back is leaf else errors(x, back)
     return TensorReport(name, x.shape, x.dtype.name, stored.format, x.nbytes, after, *cost, stored.note)
 
