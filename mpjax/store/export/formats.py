@@ -89,14 +89,14 @@ def keeps_float32(path: str, ndim: int) -> str:
 def channel_axis(path: str) -> int:
     """The axis of a kernel along which each index has a scale of its own: its outputs.
 
-    Linen and NNX store kernels of Dense, Conv and attention with the output axis last. The table of an embedding has a
-    row for each token; both call it `embedding`. Of a scanned stack, whose first axis is the layer, all layers share the
-    scales.
+    Linen and NNX store kernels of Dense, Conv and attention with the output axis last. (An attention's query, key and value
+    put out heads × width: the heads share the scales.) The table of an embedding has a row for each token; both call it
+    `embedding`. Of a scanned stack, whose first axis is the layer, all layers share the scales.
 
     >>> channel_axis("Dense_0/kernel"), channel_axis("wte/embedding")
-    (-1, 0)
+    (-1, -2)
     """
-    return 0 if _called(path) == "embedding" else -1
+    return -2 if _called(path) == "embedding" else -1
 
 
 def _called(path: str) -> str:

@@ -44,9 +44,10 @@ def export_weights(
 
     Under float8 and int8, biases and norms keep float32 (what has fewer than two dimensions, or is called `bias` or
     `scale`): they are few, and their errors reach every output. `mstate` (batch statistics) keeps its dtypes whatever `to`
-    says, and so do ints, bools and keys. The channel axis is a kernel's last, the output; an `embedding` has a scale for each
-    row. The file is written under a temporary name and renamed when it is on disk. Plain safetensors reads it: a tensor of
-    float8 or int8 has its scale beside it as `<name>.scale`, to be multiplied by broadcasting.
+    says, and so do ints, bools and keys. The channel axis is a kernel's last, the output (so heads of an attention share
+    theirs); an `embedding` has a scale for each row. The file is written under a temporary name and renamed when it is on
+    disk. Plain safetensors reads it: a tensor of float8 or int8 has its scale beside it as `<name>.scale`, to be multiplied
+    by broadcasting.
 
     Args:
       params: any pytree of arrays.
