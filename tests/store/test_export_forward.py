@@ -179,6 +179,18 @@ def test_bare_functions_lists_boxes_and_scalars(tmp_path):
     assert after["n"] == 5 and isinstance(out["y"], tuple) and out["y"][1][0].shape == (3,)
 
 
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_a_mesh_around_it_is_no_part_of_the_program(kind, tmp_path):
+    """It was lowered for the mesh's devices, and a server with one could not run it."""
+    model = bare(lambda params, mstate, x, rng=None: (x @ params["w"].unbox(), mstate))
+    params = {"w": meta.Partitioned(jnp.ones(8), ("model",))}
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(getattr(jax.sharding.AxisType, kind),))
+    with jax.set_mesh(mesh):
+        mpjax.export_forward(model, params, {}, X, path=tmp_path / "f")
+    forward = mpjax.load_forward(tmp_path / "f")
+    assert forward.program.nr_devices == 1 and forward(params, {}, X).shape == (3, 4)
+
+
 def test_the_64_bits_of_numpy_are_those_that_jax_will_have(tmp_path):
     """jax 0.12 warns of them, and warnings are errors here."""
     model = bare(lambda params, mstate, tokens, rng=None: (params["w"][tokens], mstate))
