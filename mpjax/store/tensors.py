@@ -24,7 +24,18 @@ CHECKSUM = "sha256"
 """The line of metadata that holds the SHA-256 over all other lines and all tensors."""
 
 # safetensors' own reader for numpy knows none of these (0.8.0), though its writer and its header do.
-_FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
+_FLOAT8 = {
+    "F8_E4M3": "float8_e4m3fn", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2": "float8_e5m2", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+}  # fmt: skip
+
+HOLDS = frozenset(
+    {
+        "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bfloat16", "float16", "float32",
+        "float64", "complex64", *_FLOAT8.values(),
+    }
+)  # fmt: skip
+"""The dtypes that came back bit for bit when each was tried."""
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str], overwrite: bool) -> None:
@@ -41,7 +52,9 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, s
         raise ValueError(
             f"got the path {path}, which exists; legal is a new file: choose another, or pass overwrite=True"
         )
-    arrays = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()}
+    # In this machine's order of bytes, as they will be read: the checksum is over bytes.
+    native = {name: array.astype(array.dtype.newbyteorder("="), copy=False) for name, array in arrays.items()}
+    arrays = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in native.items()}
     metadata = {**metadata, CHECKSUM: _checksum(metadata, arrays)}
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
@@ -152,11 +165,13 @@ class Tensors:
         Raises:
           ValueError: neither numpy nor jax has its dtype.
         """
+        from safetensors import SafetensorError
+
         view = self._handle.get_slice(name)
         code = view.get_dtype()
         try:
             return self._handle.get_tensor(name) if code not in _FLOAT8 else self._float8(name, view, _FLOAT8[code])
-        except (AttributeError, TypeError, KeyError) as error:
+        except (AttributeError, TypeError, KeyError, SafetensorError) as error:
             raise ValueError(
                 f"got the tensor {name} of {self.path} in the format {code}; legal are formats that numpy or jax have; "
                 "write it in another"

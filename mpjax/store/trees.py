@@ -11,7 +11,7 @@ import numpy as np
 
 from mpjax.core.dtypes import is_float
 from mpjax.core.tree import canonical_path
-from mpjax.core.types import PyTree
+from mpjax.core.types import MState, Params, PyTree
 
 Keys: TypeAlias = tuple[str, ...]
 """The way to a leaf, as its tree spells it: `("params", "Dense_0", "kernel")`."""
@@ -121,8 +121,8 @@ def put_into(
     values: list[Any] = []
     casts: Casts = {}
     for path, box in wanted:
-        if path not in left and _is_box(box) and f"{path}/value" in left:
-            left[path] = left.pop(f"{path}/value")  # of a tree whose boxes were taken for nodes
+        if path not in left and f"{path}/value" in left:
+            left[path] = left.pop(f"{path}/value")  # of a tree whose boxes, or Variables of NNX, were taken for nodes
         if path not in left:
             complaints["missing"].append(path)
             continue
@@ -132,9 +132,8 @@ def put_into(
             complaints["misfits"].append(f"{path} {misfit}")
         elif value.dtype != spec.dtype:
             casts[path], given = (value.dtype.name, spec.dtype.name), value
-            with np.errstate(over="ignore"):
-                value = value.astype(spec.dtype)
-            if not np.isfinite(value).all() and np.isfinite(given).all():
+            value = cast(given, spec.dtype)
+            if value is None:
                 complaints["misfits"].append(f"{path} is beyond what {spec.dtype.name} can hold")
         values.append(value)
     complaints["left over"] = sorted(left)
@@ -146,6 +145,34 @@ def put_into(
         )
     filled = [_closed(box, as_jax(value, path)) for value, (path, box) in zip(values, wanted, strict=True)]
     return jax.tree.unflatten(structure, filled), casts
+
+
+def cast(x: Any, dtype: np.dtype) -> Any:
+    """Floats in another dtype, rounded to nearest; None where a finite one would become infinite, or no number.
+
+    >>> cast(np.float32([1.0, np.inf]), np.dtype("float16")), cast(np.float32([1e6, np.inf]), np.dtype("float16"))
+    (array([ 1., inf], dtype=float16), None)
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        y = x.astype(dtype)
+    return y if np.array_equal(np.isfinite(y), np.isfinite(x)) else None
+
+
+def pair(like: PyTree) -> tuple[Params, MState]:
+    """`(params, mstate)`.
+
+    Raises:
+      ValueError: it is no pair, but params alone for one.
+
+    >>> pair(({"w": 1}, {}))
+    ({'w': 1}, {})
+    """
+    if isinstance(like, tuple | list) and len(like) == 2:
+        return like[0], like[1]
+    raise ValueError(
+        f"got a {type(like).__name__} for `like`; legal is the pair (params, mstate), as jax.eval_shape(model.init, ...) gives "
+        "it; give both, {} where there is no mstate"
+    )
 
 
 def listed(names: list[str], most: int = 12) -> str:

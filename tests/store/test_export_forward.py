@@ -169,7 +169,7 @@ def test_bare_functions_lists_boxes_and_scalars(tmp_path):
         y = (x["a"] @ params["layers"][0].unbox() + params["layers"][1]) * scale
         return {"y": (y, [y + 1])}, {"n": mstate["n"] + 1}
 
-    params = {"layers": [meta.Partitioned(jnp.ones(8), ("x",)), jnp.float32(2)]}
+    params = {"layers": [meta.Partitioned(jnp.ones(8), ("x",)), 2.0]}  # a number of Python's, too
     model = mpjax.Model(lambda rng: (params, {}), apply)
     mstate, sample = {"n": jnp.int32(4)}, ({"a": X[:, 0]}, jnp.float32(0.5))
     mpjax.export_forward(model, params, mstate, *sample, path=tmp_path / "f", returns_mstate=True)
@@ -177,6 +177,26 @@ def test_bare_functions_lists_boxes_and_scalars(tmp_path):
     by_hand = (X[:, 0].astype(np.float64).sum(-1) + 2) / 2
     np.testing.assert_allclose(out["y"][0], by_hand, rtol=1e-6, atol=1e-6)
     assert after["n"] == 5 and isinstance(out["y"], tuple) and out["y"][1][0].shape == (3,)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_a_mesh_around_it_is_no_part_of_the_program(kind, tmp_path):
+    """It was lowered for the mesh's devices, and a server with one could not run it."""
+    model = bare(lambda params, mstate, x, rng=None: (x @ params["w"].unbox(), mstate))
+    params = {"w": meta.Partitioned(jnp.ones(8), ("model",))}
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(getattr(jax.sharding.AxisType, kind),))
+    with jax.set_mesh(mesh):
+        mpjax.export_forward(model, params, {}, X, path=tmp_path / "f")
+    forward = mpjax.load_forward(tmp_path / "f")
+    assert forward.program.nr_devices == 1 and forward(params, {}, X).shape == (3, 4)
+
+
+def test_the_64_bits_of_numpy_are_those_that_jax_will_have(tmp_path):
+    """jax 0.12 warns of them, and warnings are errors here."""
+    model = bare(lambda params, mstate, tokens, rng=None: (params["w"][tokens], mstate))
+    tokens = np.array([[1, 2]])
+    forward = mpjax.export_forward(model, *model.init(None), tokens, path=tmp_path / "f")
+    assert forward.inputs[0].dtype == np.int32 and forward(*model.init(None), tokens).tolist() == [[1, 1]]
 
 
 def test_another_method_is_a_constant_of_the_call(tmp_path):
@@ -221,6 +241,11 @@ def test_what_cannot_be_exported_is_told(tmp_path):
         ValueError, match=r"got sample arrays of \[2, 3\] rows; legal .* share their leading axis.*batch=None"
     ):
         mpjax.export_forward(model, *variables, (X, X[:2]), path=tmp_path / "f")
+    for platforms in (("gpu",), "cpu"):  # "depends on the size of the batch"; a program for the platforms c, p and u
+        with pytest.raises(
+            ValueError, match=r"got platforms=.*; legal is a tuple of some of cpu, cuda, rocm, tpu; name"
+        ):
+            mpjax.export_forward(model, *variables, X, path=tmp_path / "f", platforms=platforms)
     with pytest.raises(ValueError, match=r"got sample arrays of no rows"):
         mpjax.export_forward(model, *variables, path=tmp_path / "f")
 

@@ -11,6 +11,7 @@ import stat
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -114,6 +115,17 @@ def test_the_biases_of_attention_and_the_norms_of_a_stack_keep_float32(file):
     }  # fmt: skip
 
 
+def test_an_array_below_its_name_is_called_as_it_is(file):
+    """So does a State of NNX hold it, and a checkpoint of boxes: its biases were quantised, its tables by columns."""
+    embedding = {"value": jnp.ones((5, 3))}
+    report = mpjax.export_weights(
+        {"q": {"bias": {"value": jnp.ones((2, 3))}}, "e": {"embedding": embedding}}, file, "int8"
+    )
+    assert [(row.path, row.stored, row.bytes_after) for row in report.tensors] == [
+        ("params/e/embedding/value", "int8", 15 + 5 * 4), ("params/q/bias/value", "float32", 24),
+    ]  # fmt: skip
+
+
 def test_one_scale_for_a_tensor(variables, file):
     mpjax.export_weights(variables[0], file, "int8", per="tensor")
     with safe_open(file, framework="numpy") as plain:
@@ -169,13 +181,36 @@ def test_every_kind_of_leaf(file):
     assert filled.params["half"].dtype == jnp.float16
 
 
+def test_a_dtype_comes_back_bit_for_bit_or_is_refused(file):
+    """float8_e4m3fnuz and what is in another machine's order of bytes gave a file that nothing could read."""
+    whole = {name: np.ones(2, name) for name in sorted(tensors.HOLDS)} | {"big": np.arange(3, dtype=">f4")}
+    mpjax.export_weights({"ints": np.arange(3, dtype=">i2")}, file, mstate=whole)
+    found, _ = tensors.read(file)
+    assert_same({name: found[f"mstate/{name}"] for name in whole}, whole | {"big": np.arange(3, dtype="f4")})
+    assert found["params/ints"].tolist() == [0, 1, 2]
+    for name in ("int4", "float4_e2m1fn", "float8_e3m4", "complex128", "datetime64[D]"):
+        with pytest.raises(ValueError, match=r"at mstate/x; legal are arrays of a dtype that safetensors has; take it"):
+            mpjax.export_weights({}, file, mstate={"x": np.zeros(2, name)}, overwrite=True)
+    assert mpjax.export_weights({"w": np.ones(2, "float8_e3m4")}, file, "float16", overwrite=True).bytes_after == 4
+
+
 def test_dtype_is_for_all_float_params(variables, file):
     mpjax.export_weights(variables[0], file, "int8", mstate=variables[1])
-    found = mpjax.load_export(file, dtype="bfloat16")
+    found = mpjax.load_export(file, dtype="bf16")
     assert {x.dtype for x in jax.tree.leaves(found.params)} == {jnp.dtype("bfloat16")}
     assert {x.dtype for x in jax.tree.leaves(found.mstate)} == {jnp.dtype("float32")}
     with pytest.raises(ValueError, match=r"got both like= and dtype="):
         mpjax.load_export(file, like=variables, dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"got a dict for `like`; legal is the pair \(params, mstate\).*give both"):
+        mpjax.load_export(file, like=variables[0])
+    with pytest.raises(ValueError, match=r"'int8'; use one of"):  # every weight under 1 was read as 0
+        mpjax.load_export(file, dtype="int8")
+    mpjax.export_weights({"h": {"w": np.float32([[1e6, 1]])}, "b": np.ones(2)}, file, overwrite=True)
+    for narrow in ("float16", jnp.float8_e4m3fn):  # it was read as infinity, and as NaN
+        with pytest.raises(
+            ValueError, match=r"which cannot hold params/h/w; legal is one that holds all .*give a wider"
+        ):
+            mpjax.load_export(file, dtype=narrow)
 
 
 def test_linen_weights_serve_in_nnx_and_back(variables, file):
@@ -201,6 +236,7 @@ def test_a_box_that_was_saved_as_a_node_is_filled(file):
     mpjax.export_weights({"k": {"value": jnp.ones(2)}}, file, "float32")
     found = mpjax.load_export(file, like=({"k": meta.Partitioned(jnp.zeros(2), ("x",))}, {}))
     assert found.params["k"].names == ("x",) and found.params["k"].value.tolist() == [1, 1]
+    assert mpjax.load_export(file, like=({"k": jnp.zeros(2)}, {})).params["k"].tolist() == [1, 1]
 
 
 def test_like_has_the_last_word_on_float_dtypes(variables, file):
@@ -439,14 +475,23 @@ def test_files_of_other_kinds_and_times_are_told_apart(file):
         mpjax.load_export(file.parent)
 
 
-def test_bad_arguments_are_told(file):
+def test_bad_arguments_are_told(file, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside of this suite
     good = {"w": np.ones((2, 2), np.float32)}
     with pytest.raises(ValueError, match=r"got the format 'int4'; legal are float32"):
         mpjax.export_weights(good, file, "int4")
+    with pytest.raises(ValueError, match=r"got the format <class .*bfloat16'>; legal are float32"):
+        mpjax.export_weights(good, file, jnp.bfloat16)
     with pytest.raises(ValueError, match=r"acts on no weight"):
         mpjax.export_weights(good, file, {"head": "int8"})
     with pytest.raises(ValueError, match=r"got str of .* at params/name; legal are arrays"):
         mpjax.export_weights(good | {"name": "x"}, file)
+    donated = jnp.ones(2)
+    donated.delete()
+    with pytest.raises(
+        ValueError, match=r"got params/w, whose memory was donated .*; legal are the params of the state"
+    ):
+        mpjax.export_weights({"w": donated}, file)
     with pytest.raises(ValueError, match=r"got two leaves with the path params/a/b"):
         mpjax.export_weights({"a/b": np.ones(1), "a": {"b": np.ones(1)}}, file)
     with pytest.raises(ValueError, match=r"got a leaf called params/w\.scale, where the scale of params/w"):

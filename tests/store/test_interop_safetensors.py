@@ -233,6 +233,10 @@ def test_a_group_that_the_regex_lacks_is_told(tmp_path):
 def test_narrowing_is_listed_and_overflow_refused(tmp_path):
     with pytest.raises(ValueError, match=r"params/m/a is beyond what float16 can hold"):
         one(tmp_path, {"a": np.float32([1e6])}, {"a": (1,)}, [("a", "params/m/a")], "float16")
+    with pytest.raises(ValueError, match=r"params/m/a is beyond"):  # beside an infinity that was there it went unseen
+        one(tmp_path, {"a": np.float32([1e6, -np.inf])}, {"a": (2,)}, [("a", "params/m/a")], "float16")
+    mask = one(tmp_path, {"a": np.float32([1, -np.inf])}, {"a": (2,)}, [("a", "params/m/a")], "float16")
+    assert mask["a"].tolist() == [1, -np.inf]
 
 
 def test_what_is_no_safetensors_is_refused(tmp_path):
@@ -242,6 +246,13 @@ def test_what_is_no_safetensors_is_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"w": 1}))
     with pytest.raises(ValueError, match=r"mpjax never unpickles"):
         mpjax.load_safetensors(tmp_path / "pytorch_model.bin", like, [])
+    with pytest.raises(ValueError, match=r"got a dict for `like`; legal is the pair"):
+        mpjax.load_safetensors([], like[0], [])
+    (tmp_path / "a.safetensors").write_bytes(
+        b'\x40\0\0\0\0\0\0\0{"w":{"dtype":"F6_E2M3","shape":[4],"data_offsets":[0,3]}}'.ljust(72) + bytes(3)
+    )
+    with pytest.raises(ValueError, match=r"got the tensor w .* in the format F6_E2M3; legal are formats that numpy or"):
+        mpjax.load_safetensors(tmp_path, like, [("w", "params/w")])
     save_file({"w": np.ones(1)}, tmp_path / "a.safetensors")
     save_file({"w": np.ones(1)}, tmp_path / "b.safetensors")
     with pytest.raises(ValueError, match=r"got w in .*a.safetensors and in .*b.safetensors; legal is one of them"):

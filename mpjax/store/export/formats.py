@@ -38,7 +38,7 @@ def parse_format(name: str) -> str:
     >>> parse_format("bf16"), parse_format("float8_e4m3fn")
     ('bfloat16', 'float8_e4m3')
     """
-    found = _SAME.get(name.strip(), name.strip())
+    found = _SAME.get(name.strip(), name.strip()) if isinstance(name, str) else None
     if found not in FORMATS:
         raise ValueError(f"got the format {name!r}; legal are {', '.join(FORMATS)}; name one of them")
     return found
@@ -57,9 +57,10 @@ def formats_by_path(to: str | Mapping[str, str], paths: Sequence[str]) -> dict[s
     >>> formats_by_path({"head": "float32", "**": "bf16"}, ["head/kernel", "layers/0/kernel"])
     {'head/kernel': 'float32', 'layers/0/kernel': 'bfloat16'}
     """
-    rules = {"**": parse_format(to)} if isinstance(to, str) else {glob: parse_format(name) for glob, name in to.items()}
+    by_glob = to if isinstance(to, Mapping) else {"**": to}
+    rules = {glob: parse_format(name) for glob, name in by_glob.items()}
     found: dict[str, str] = {}
-    idle = dict.fromkeys(rules) if paths and not isinstance(to, str) else {}
+    idle = dict.fromkeys(rules) if paths and by_glob is to else {}
     for path in paths:
         rule = next((glob for glob in rules if governs(glob, path, {})), None)
         found[path] = "float32" if rule is None else rules[rule]
@@ -81,21 +82,26 @@ def keeps_float32(path: str, ndim: int) -> str:
     >>> keeps_float32("head/bias", 1), keeps_float32("attention/query/bias", 2), keeps_float32("head/kernel", 2)
     ('fewer than two dimensions', 'a bias', '')
     """
-    last = canonical_path(path).rpartition("/")[2]
+    last = _called(path)
     return "fewer than two dimensions" if ndim < 2 else f"a {last}" if last in ("bias", "scale") else ""
 
 
 def channel_axis(path: str) -> int:
     """The axis of a kernel along which each index has a scale of its own: its outputs.
 
-    Linen and NNX store kernels of Dense, Conv and attention with the output axis last. The table of an embedding has a
-    row for each token; both call it `embedding`. Of a scanned stack, whose first axis is the layer, all layers share the
-    scales.
+    Linen and NNX store kernels of Dense, Conv and attention with the output axis last. (An attention's query, key and value
+    put out heads × width: the heads share the scales.) The table of an embedding has a row for each token; both call it
+    `embedding`. Of a scanned stack, whose first axis is the layer, all layers share the scales.
 
     >>> channel_axis("Dense_0/kernel"), channel_axis("wte/embedding")
-    (-1, 0)
+    (-1, -2)
     """
-    return 0 if canonical_path(path).rpartition("/")[2] == "embedding" else -1
+    return -2 if _called(path) == "embedding" else -1
+
+
+def _called(path: str) -> str:
+    """What a param is called. In a State of NNX, and in a checkpoint of Linen's boxes, its array lies below it as `value`."""
+    return canonical_path(path).removesuffix("/value").rpartition("/")[2]
 
 
 def quantise(x: np.ndarray, form: str, axis: int | None) -> tuple[np.ndarray, np.ndarray | None]:

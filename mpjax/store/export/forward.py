@@ -104,7 +104,7 @@ _MEND = "read weights by load_export(path, like=forward.like), and see forward.i
 
 
 def load_forward(path: str | os.PathLike) -> Forward:
-    """Read a program that `export_forward` wrote; only jax, numpy and safetensors are needed to run it.
+    """Read a program that `export_forward` wrote; neither Flax nor optax nor the model's code is needed to run it.
 
     Returns:
       A `Forward`: `forward(params, mstate, *inputs)`; `forward.like` for `load_export`.
@@ -134,8 +134,8 @@ def load_forward(path: str | os.PathLike) -> Forward:
 
 
 def plain(tree: PyTree) -> dict[str, Any]:
-    """The tree as nested dicts, so that a file needs none of its classes."""
-    return nested(named_leaves(tree))
+    """The tree as nested dicts of arrays, so that a file needs none of its classes."""
+    return nested({keys: x if hasattr(x, "dtype") else jnp.asarray(x) for keys, x in named_leaves(tree).items()})
 
 
 def _fits(shape: tuple, spec: tuple) -> bool:

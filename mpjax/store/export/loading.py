@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax.core.dtypes import is_float
+from mpjax.core.dtypes import canonical, is_float
 from mpjax.core.types import DTypeLike, MState, Params, PyTree
 from mpjax.store import tensors
 from mpjax.store.export.formats import KIND, VERSION, dequantise
-from mpjax.store.trees import as_jax, by_path, nested, put_into
+from mpjax.store.trees import as_jax, by_path, cast, listed, nested, pair, put_into
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,15 +50,16 @@ def load_export(path: str | os.PathLike, like: PyTree = None, *, dtype: DTypeLik
       like: `(params, mstate)` of arrays or shapes, such as `jax.eval_shape(model.init, key, *sample)` or `forward.like`:
         what was read takes its structure and its float dtypes. Paths are compared as a policy map spells them, so Linen's
         `layers_0` fits NNX's `layers/0`.
-      dtype: of all float params, instead of those of the file. With `like` there is none to choose.
+      dtype: of all float params, by name or not, instead of those of the file. With `like` there is none to choose.
 
     Returns:
       `Exported(params, mstate, policy, formats)`, of jax arrays. Without `like`, params and mstate are nested dicts as
-      `model.apply` takes them, and `model.merge` of an NNX model.
+      `model.apply` takes them, and `model.merge` of an NNX model. (Of a checkpoint of Linen's boxes, and of a State of NNX,
+      each array lies one key deeper, under `value`: give `like`.)
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is no such file, is damaged, or does not fit `like`. A pickle is refused unread.
+      ValueError: it is no such file, is damaged, or does not fit `like` or `dtype`. A pickle is refused unread.
 
     >>> import tempfile
     >>> from mpjax.store.export.weights import export_weights
@@ -83,13 +84,20 @@ def load_export(path: str | os.PathLike, like: PyTree = None, *, dtype: DTypeLik
             "it again"
         ) from error
     if like is not None:
-        params, mstate = like
+        params, mstate = pair(like)
         mend = "export params and mstate of the same model, or give the `like` of the model that was exported"
         filled, _ = put_into({"params": params, "mstate": mstate}, by_path(leaves), str(file), mend)
         return Exported(filled["params"], filled["mstate"], policy, formats)
     if dtype is not None:
-        chosen = jnp.dtype(dtype)
-        leaves = {k: x.astype(chosen) if k[0] == "params" and is_float(x) else x for k, x in leaves.items()}
+        chosen = canonical(dtype)
+        floats = [keys for keys, x in leaves.items() if keys[0] == "params" and is_float(x)]
+        leaves |= {keys: cast(leaves[keys], chosen) for keys in floats}
+        beyond = ["/".join(keys) for keys in floats if leaves[keys] is None]
+        if beyond:
+            raise ValueError(
+                f"got dtype={chosen.name}, which cannot hold {listed(beyond)}; legal is one that holds all float params; give a "
+                "wider one, or `like` with a dtype for each"
+            )
     whole = nested({keys: as_jax(value, "/".join(keys)) for keys, value in leaves.items()})
     return Exported(whole.get("params", {}), whole.get("mstate", {}), policy, formats)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from mpjax.numerics.attention import unfused
 from mpjax.store import tensors
 from mpjax.store.export.forward import KIND, VERSION, Forward, plain
 from mpjax.store.export.weights import words_of
-from mpjax.store.trees import named_leaves, refilled
+from mpjax.store.trees import is_key, named_leaves, refilled
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def export_forward(
@@ -28,7 +31,7 @@ def export_forward(
     *sample: PyTree,
     path: str | os.PathLike,
     batch: str | None = "b",
-    platforms: tuple[str, ...] = ("cpu", "cuda", "tpu"),
+    platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
     returns_mstate: bool = False,
     overwrite: bool = False,
     **kwargs: Any,
@@ -49,7 +52,7 @@ def export_forward(
       path: of the file to write: a safetensors file with the program's bytes, so that it is checked when it is read.
       batch: a name for the leading axis of every sample array, which may then have any size; None for the shapes as they are
         (symbolic shapes of `jax.export` among them).
-      platforms: for which it is lowered.
+      platforms: for which it is lowered: `cpu`, `cuda`, `rocm`, `tpu`.
       returns_mstate: whether the output is `(output, mstate)`, as a decoding cache needs it.
       overwrite: whether an existing file may be replaced.
       **kwargs: constants of the call: `method="encode"`, `train=False` (for a wrapped model that is the default).
@@ -59,7 +62,7 @@ def export_forward(
 
     Raises:
       ValueError: the program depends on the size of the batch; an array among the keywords; sample arrays that do not share
-        their leading axis; an output that is no nest of arrays in dicts, lists and tuples; an existing file.
+        their leading axis; an unknown platform; an output that is no nest of arrays in dicts, lists and tuples; an existing file.
 
     >>> import tempfile
     >>> from mpjax.store.export.forward import load_forward
@@ -70,6 +73,10 @@ def export_forward(
     >>> forward.inputs[0].shape, forward.platforms
     ((b, 3), ('cpu', 'cuda', 'tpu'))
     """
+    if isinstance(platforms, str) or not set(platforms) <= set(PLATFORMS):
+        raise ValueError(
+            f"got platforms={platforms!r}; legal is a tuple of some of {', '.join(PLATFORMS)}; name an NVIDIA GPU 'cuda'"
+        )
     constants = ({"train": False} if model.table is not None else {}) | kwargs
     for name, value in constants.items():
         if any(hasattr(x, "shape") for x in jax.tree.leaves(value)):
@@ -89,7 +96,10 @@ def export_forward(
 
     fixed = [_spec(plain(params)), _spec(plain(mstate)), *map(_spec, sample)]
     free = fixed if batch is None else [*fixed[:2], *_with_free_batch(fixed[2:], batch)]
-    with unfused():
+    no_mesh = jax.sharding.Mesh(
+        np.empty((), object), ()
+    )  # else a jax.set_mesh around makes it a program for as many devices
+    with unfused(), jax.set_mesh(no_mesh):
         try:
             program = export.export(jax.jit(forward), platforms=platforms)(*free)
         except Exception as error:
@@ -133,7 +143,12 @@ def _with_free_batch(inputs: list[PyTree], batch: str) -> list[PyTree]:
 
 def _spec(tree: PyTree) -> PyTree:
     arrays = jax.tree.map(lambda x: x if hasattr(x, "dtype") else jnp.asarray(x), tree)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, _dtype(x)), arrays)
+
+
+def _dtype(x: Any) -> Any:
+    # As jax will have it: from 0.12 it warns of a shape of numpy's 64 bits.
+    return x.dtype if is_key(x) else jax.dtypes.canonicalize_dtype(x.dtype)
 
 
 def _first_line(error: BaseException) -> str:

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpjax.core.dtypes import is_float
+from mpjax.store import tensors
 from mpjax.store.export.formats import LARGEST, channel_axis, dequantise, keeps_float32, quantise
 from mpjax.store.trees import Keys, is_key
-
-_NOT_IN_SAFETENSORS = frozenset({"complex128", "int2", "int4", "uint2", "uint4"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +48,25 @@ def store(name: str, leaf: Any, form: str | None, per: str) -> Stored:
       per: `channel` or `tensor`.
 
     Raises:
-      ValueError: NaN or infinity, or what the format cannot hold; no array.
+      ValueError: NaN or infinity, or what the format cannot hold; no array, one of a dtype that safetensors lacks, or one
+        that was donated.
 
     >>> store("params/w", np.ones((2, 2), np.float32), "bfloat16", "channel").array.dtype
     dtype(bfloat16)
     """
+    if isinstance(leaf, jax.Array) and leaf.is_deleted():
+        raise ValueError(
+            f"got {name}, whose memory was donated to a train step and is gone; legal are the params of the state which that step "
+            "returned; export those"
+        )
     if is_key(leaf):
         impl = str(jax.random.key_impl(leaf))
         return Stored(np.asarray(jax.random.key_data(leaf)), "key", more={"key_impl": impl})
-    x = as_array(name, leaf)
+    x = as_array(leaf)
+    if form is None and x.dtype.name not in tensors.HOLDS:
+        raise ValueError(
+            f"got {type(leaf).__name__} of {x.dtype} at {name}; legal are arrays of a dtype that safetensors has; take it out"
+        )
     if jnp.issubdtype(x.dtype, jnp.inexact) and not np.isfinite(x).all():
         raise ValueError(
             f"got NaN or infinity in {name}; legal are finite weights, since serving would only hand it on; export a state "
@@ -81,21 +90,13 @@ def store(name: str, leaf: Any, form: str | None, per: str) -> Stored:
     return Stored(array, form, scale, note)
 
 
-def as_array(name: str, leaf: Any) -> np.ndarray:
-    """The leaf in numpy.
+def as_array(leaf: Any) -> np.ndarray:
+    """The leaf in numpy; None as an object where it is no array and no number.
 
-    Raises:
-      ValueError: it is no array of a dtype that safetensors has.
-
-    >>> as_array("params/w", 0.5).dtype
-    dtype('float32')
+    >>> as_array(0.5).dtype, as_array("text").dtype
+    (dtype('float32'), dtype('O'))
     """
     try:
-        x = np.asarray(leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf))
+        return np.asarray(leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf))
     except TypeError:  # jax takes no strings, no functions
-        x = np.asarray(None)
-    if x.dtype.kind in "OUS" or x.dtype.name in _NOT_IN_SAFETENSORS:
-        raise ValueError(
-            f"got {type(leaf).__name__} of {x.dtype} at {name}; legal are arrays of a dtype that safetensors has; take it out"
-        )
-    return x
+        return np.asarray(None)

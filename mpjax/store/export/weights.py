@@ -44,9 +44,10 @@ def export_weights(
 
     Under float8 and int8, biases and norms keep float32 (what has fewer than two dimensions, or is called `bias` or
     `scale`): they are few, and their errors reach every output. `mstate` (batch statistics) keeps its dtypes whatever `to`
-    says, and so do ints, bools and keys. The channel axis is a kernel's last, the output; an `embedding` has a scale for each
-    row. The file is written under a temporary name and renamed when it is on disk. Plain safetensors reads it: a tensor of
-    float8 or int8 has its scale beside it as `<name>.scale`, to be multiplied by broadcasting.
+    says, and so do ints, bools and keys. The channel axis is a kernel's last, the output (so heads of an attention share
+    theirs); an `embedding` has a scale for each row. The file is written under a temporary name and renamed when it is on
+    disk. Plain safetensors reads it: a tensor of float8 or int8 has its scale beside it as `<name>.scale`, to be multiplied
+    by broadcasting.
 
     Args:
       params: any pytree of arrays.
@@ -129,7 +130,7 @@ def _row(name: str, leaf: Any, back: Any, stored: Stored) -> TensorReport:
     after = stored.array.nbytes + (0 if stored.scale is None else stored.scale.nbytes)
     if is_key(leaf):
         return TensorReport(name, tuple(leaf.shape), str(leaf.dtype), stored.format, stored.array.nbytes, after)
-    x = as_array(name, leaf)
+    x = as_array(leaf)
     cost = (math.inf, 0.0) if back is leaf else errors(x, back)
     return TensorReport(name, x.shape, x.dtype.name, stored.format, x.nbytes, after, *cost, stored.note)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from mpjax.core.tree import canonical_path
 from mpjax.core.types import MState, Params, PyTree
-from mpjax.store.trees import Casts, named_leaves, put_into
+from mpjax.store.trees import Casts, named_leaves, pair, put_into
 
 Names: TypeAlias = Sequence[Any]
 """Rows of `(regex, path)` or `(regex, path, transform)`; see `mpjax.load_safetensors`."""
@@ -111,7 +111,7 @@ def import_into(
     Raises:
       ValueError: one error for all that does not fit.
     """
-    params, mstate = like
+    params, mstate = pair(like)
     whole = {"params": params, **mstate}
     wanted = {canonical_path("/".join(keys)): tuple(leaf.shape) for keys, leaf in named_leaves(whole).items()}
     plan: dict[str, tuple[list[str], tuple]] = {}
