@@ -29,7 +29,9 @@ def main() -> None:
         rows = rows.astype(ml_dtypes.bfloat16)
         exact = rows.astype(np.float64).sum(0)
         error = (added_up(rows) - exact) / np.sqrt((exact**2).mean())
-        once = (exact.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float64) - exact) / np.sqrt((exact**2).mean())
+        once = (exact.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float64) - exact) / np.sqrt(
+            (exact**2).mean()
+        )
         print(f"{name:18} in bfloat16 {np.sqrt((error**2).mean()):.4f}, rounded once {np.sqrt((once**2).mean()):.4f}")
 
 

@@ -96,9 +96,8 @@ def export_forward(
 
     fixed = [_spec(plain(params)), _spec(plain(mstate)), *map(_spec, sample)]
     free = fixed if batch is None else [*fixed[:2], *_with_free_batch(fixed[2:], batch)]
-    no_mesh = jax.sharding.Mesh(
-        np.empty((), object), ()
-    )  # else a jax.set_mesh around makes it a program for as many devices
+    # Under the caller's own mesh it would be a program for as many devices.
+    no_mesh = jax.sharding.Mesh(np.empty((), object), ())
     with unfused(), jax.set_mesh(no_mesh):
         try:
             program = export.export(jax.jit(forward), platforms=platforms)(*free)
