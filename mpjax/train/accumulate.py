@@ -79,7 +79,7 @@ def gather(
         index, part = index_and_batch
         (total, weight, new, metrics), (g, s) = differentiate(mstate, part, jax.random.fold_in(rng, index))
         # What it was divided by: a sum may have a gradient where its weight is zero (a penalty on params, signed weights).
-        share = jnp.ones_like(total) if weight is None else _divisor(weight, ())
+        share = jnp.ones_like(total) if weight is None else jnp.asarray(_divisor(weight, ()))
         carry = jax.tree.map(lambda a, b: a + share.astype(b.dtype) * b, grads, g), jax.tree.map(jnp.add, sunk, s), new
         return carry, (total, weight, _float32(metrics), all_finite(new))
 
