@@ -48,7 +48,7 @@ def gather(
     """Differentiate `loss_fn` over a batch.
 
         for each micro-batch i:  g += w_i · float32(∇ scale · s_i / w_i);  s += s_i;  w += w_i
-        loss = s / w;  grads = g / w         (a loss without a weight has w_i = 1)
+        loss = s / w;  grads = g / w         (a loss without a weight has w_i = 1; where w_i is 0, s_i is taken by 1)
 
     `mstate` runs through the micro-batches in order, and the scale is constant within them.
 
@@ -78,7 +78,8 @@ def gather(
         grads, sunk, mstate = carry
         index, part = index_and_batch
         (total, weight, new, metrics), (g, s) = differentiate(mstate, part, jax.random.fold_in(rng, index))
-        share = jnp.ones_like(total) if weight is None else weight
+        # What it was divided by: a sum may have a gradient where its weight is zero (a penalty on params, signed weights).
+        share = jnp.ones_like(total) if weight is None else jnp.asarray(_divisor(weight, ()))
         carry = jax.tree.map(lambda a, b: a + share.astype(b.dtype) * b, grads, g), jax.tree.map(jnp.add, sunk, s), new
         return carry, (total, weight, _float32(metrics), all_finite(new))
 
@@ -123,7 +124,7 @@ def mean_loss(
 
 
 def _divisor(weight: jax.Array | int, over: tuple[str, ...]) -> jax.Array | int:
-    """By what a sum of losses is divided: their weight on all devices, or 1 where that is zero and nothing will be applied.
+    """By what a sum of losses is divided: their weight on all devices, or 1 where that is zero.
 
     A number stays one: jax multiplies it by the number of devices, which else would wait for each other before the backward pass.
     """

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from mpjax.core.tree import path_of
 from mpjax.core.types import PyTree
@@ -96,6 +96,26 @@ def refuse_explicit_around(mesh: Mesh) -> None:
             "them, and the state lies on Auto ones, as shard_state places it; leave jax.set_mesh out, or make that mesh with "
             f"axis_types=(jax.sharding.AxisType.Auto,) * {len(around.axis_names)}"
         )
+
+
+def mesh_of(x: Any) -> Mesh | None:
+    """The mesh on which an array lies; None for what lies on none, or is only traced."""
+    place = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+    return place.mesh if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh) else None
+
+
+def place_on(mesh: Mesh, keys: tuple, x: Any) -> Sharding:
+    """Where a step on a mesh leaves one leaf of its state: where it lies, or on every device a number that lies on none of
+    the mesh (another loss scale, another key); an array there is refused, since nobody has said how it is cut."""
+    place = getattr(x, "sharding", None)
+    if place is not None and place.device_set == set(mesh.devices.flat):
+        return place
+    if jnp.ndim(x):
+        raise ValueError(
+            f"the state lies on a mesh of {mesh.devices.size} devices, and its {path_of(keys)} of shape {jnp.shape(x)} does not; "
+            "place all of it anew: mpjax.shard_state(state, mesh, rules)"
+        )
+    return NamedSharding(mesh, PartitionSpec())
 
 
 class Placement:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from mpjax.core.dtypes import wide
 from mpjax.core.model import SINKS
@@ -23,7 +24,7 @@ from mpjax.train.accumulate import Gathered, as_stored, gather
 from mpjax.train.fully_sharded import over_gathered_params
 from mpjax.train.parallel import gather_apart, sum_dtype
 from mpjax.train.sharding import check_rows
-from mpjax.train.specs import Axis, devices_along, refuse_explicit_around
+from mpjax.train.specs import Axis, devices_along, mesh_of, place_on, refuse_explicit_around
 from mpjax.train.state import TrainState, merge_trainable, refuse_donated, split_trainable
 
 LossFn = Callable[..., Any]
@@ -157,15 +158,17 @@ class TrainStep:
 
         Left to itself GSPMD cut what came whole (biases beside a cut kernel), and the second step was compiled again.
         """
-        traced = isinstance(state.step, jax.core.Tracer)
-        if traced or not isinstance(getattr(state.step, "sharding", None), NamedSharding):
+        # Of any: who begins to count anew gives a step that lies on no mesh.
+        counted = state.step, state.skipped, state.skipped_in_a_row, state.rng
+        mesh = next(filter(None, map(mesh_of, counted)), None)
+        if mesh is None or isinstance(state.step, jax.core.Tracer):
             return self._jitted  # type: ignore[attr-defined]
         leaves, structure = jax.tree.flatten(state)
-        placement = (structure, *(x.sharding for x in leaves))
+        placement = (structure, *(getattr(x, "sharding", None) for x in leaves))
         known = self._placed  # type: ignore[attr-defined]
         if placement not in known:
-            refuse_explicit_around(state.step.sharding.mesh)
-            shardings = jax.tree.unflatten(structure, placement[1:])
+            refuse_explicit_around(mesh)
+            shardings = jax.tree_util.tree_map_with_path(functools.partial(place_on, mesh), state)
             placed = tuple(jax.tree.leaves(shardings.params))
             apart = self.reduce_dtype is not None
             loss_fn = self.loss_fn if apart else over_gathered_params(self.loss_fn, placed, self.axis)

@@ -190,6 +190,20 @@ def test_no_weight_at_all_gives_no_gradient(accumulate):
     assert {float(x) for g in jax.tree.leaves(found.grads) for x in g.ravel()} == {0.0}
 
 
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_sum_counts_where_its_weight_is_zero(accumulate):
+    """A penalty on params is part of every sum: gradients are those of the loss that is reported."""
+
+    def loss_fn(params, mstate, batch, rng):
+        (total, weight), _ = masked_loss(params, mstate, batch, rng)
+        return total + jnp.square(params["w"]).sum(), weight
+
+    found, (loss, grads) = gathered(loss_fn, BATCH, accumulate), by_hand(MASK)
+    w = PARAMS["w"].astype(float)
+    np.testing.assert_allclose(found.loss, loss + accumulate * (w**2).sum() / 7, **TOLERANCE)
+    np.testing.assert_allclose(found.grads["w"], grads["w"] + accumulate * 2 * w / 7, **TOLERANCE)
+
+
 def test_a_metric_that_is_nan_has_no_say_where_its_micro_batch_weighs_nothing():
     def loss_fn(params, mstate, batch, rng):
         (total, weight), _ = masked_loss(params, mstate, batch, rng)

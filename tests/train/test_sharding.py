@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 
@@ -373,6 +374,27 @@ def test_what_came_whole_is_not_cut_by_the_step():
     before = placements_of(state)
     state, _ = make_train_step(mean_loss(), ADAM)(state, mpjax.shard_batch(batch_of(), GRID))
     assert placements_of(state) == before
+
+
+def test_a_number_that_was_put_into_the_state_goes_to_every_device_and_an_array_is_refused():
+    """Who begins to count anew, or gives another scale, key or optimizer, makes it on one device."""
+    rules, step = PLACEMENTS["fsdp"].rules, make_train_step(mean_loss(), ADAM)
+    batch = mpjax.shard_batch(batch_of(), MESH)
+    state = mpjax.shard_state(created(), MESH, rules)
+    before = placements_of(state)
+    scale = mpjax.dynamic_loss_scale(8.0)
+    put = {"step": jnp.int32(0), "rng": jax.random.key(5), "opt_state": ADAM.init(state.params), "loss_scale": scale}
+    after, _ = step(dataclasses.replace(state, **put), batch)
+    assert float(after.loss_scale.loss_scale) == 8.0
+    there = placements_of(after)
+    assert {path: there[path] for path in before} == before
+    assert {there[path].spec for path in there.keys() - before.keys()} == {P()}
+
+    for whole in (created().params, jax.tree.map(np.asarray, created().params)):
+        state = dataclasses.replace(after, params=whole)
+        with pytest.raises(ValueError, match=r"its params/down/bias of shape \(16,\) does not; place all of it anew"):
+            step(state, batch)
+    assert placements_of(mpjax.shard_state(state, MESH, rules).params) == placements_of(after.params)
 
 
 class LM(nn.Module):
