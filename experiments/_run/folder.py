@@ -49,10 +49,7 @@ class RunFolder:
         Raises:
           Refused: another process is at work in it, or it cannot be made.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise Refused(f"{self.path} cannot be made: {error.strerror}; give another --workdir") from error
+        made(self.path, "--workdir")
         lock = os.open(self.path, os.O_RDONLY)
         try:
             if try_lock(lock) is False:
@@ -132,6 +129,19 @@ def read_config(path: Path) -> dict[str, Any] | None:
     if not isinstance(stored, dict) or not isinstance(stored.get("config"), dict):
         raise Refused(f"{path / CONFIG} is not that of a run; give another --workdir")
     return stored
+
+
+def made(folder: Path, option: str) -> Path:
+    """The folder that an option names, made where it is not there.
+
+    Raises:
+      Refused: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"{folder} cannot be made: {error.strerror}; give another {option}") from error
+    return folder
 
 
 def _trained(path: Path) -> bool:
