@@ -95,18 +95,21 @@ def read(data_set: str) -> dict[str, bytes]:
     """The unpacked content of each file of a data set, by name, verified.
 
     Raises:
-      MissingDataError: a file is not there.
+      MissingDataError: a file is not there, or cannot be read.
       CorruptDataError: one does not hold what it should.
     """
     found = {}
     for name, file in TABLE[data_set].items():
         path = folder() / file.path
-        if not path.exists():
+        try:
+            packed = path.read_bytes()
+        except OSError as error:  # FileNotFoundError among them
+            what = f"cannot be read ({error.strerror})" if path.exists() else "is not there"
             raise MissingDataError(
-                f"{path} is not there; `python -m experiments._data {data_set}` fetches it, "
+                f"{path} {what}; `python -m experiments._data {data_set}` fetches it, "
                 "or let MPJAX_DATA name the folder that has it"
-            )
-        found[name] = unpack(path.read_bytes(), file, str(path))
+            ) from error
+        found[name] = unpack(packed, file, str(path))
     return found
 
 

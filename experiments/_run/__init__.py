@@ -5,7 +5,7 @@ from __future__ import annotations
 from experiments import _data
 from experiments._run.command import Policies, Refused, Rules, parse, policy_maps, preset, start
 from experiments._run.comparison import compare, report
-from experiments._run.folder import RunFolder, open_folder, write_json
+from experiments._run.folder import RunFolder, made, open_folder, write_json
 from experiments._run.ranking import ndcg, rmse
 from experiments._run.training import Plan, Trained, data_parallel, on_mesh, train
 
@@ -19,6 +19,7 @@ __all__ = [
     "_data",
     "compare",
     "data_parallel",
+    "made",
     "ndcg",
     "on_mesh",
     "open_folder",

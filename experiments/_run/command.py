@@ -23,12 +23,16 @@ Rules: TypeAlias = Annotated[
 """The type of a config's `rules`, a policy map: `--rules head compute=float32 --rules '**/attention' compute=float16`."""
 
 
-LEAST = {"steps": 1, "batch_size": 1, "accumulate": 1, "seed": 0}
-"""Of settings that many experiments have, the least that makes sense."""
+FROM_ZERO = ("seed", "devices", "eval_every", "probe_every", "checkpoint_every", "shift", "masked", "stages")
+"""The whole numbers among settings that may be 0; all others count what there must be one of."""
 
 
 class Refused(ValueError):
     """Settings that make no sense; told on stderr without a traceback."""
+
+
+class Lost(RuntimeError):
+    """Policies that could not be trained to the end; told likewise, once the others are done."""
 
 
 def parse(config: type[C], note: str | None, args: list[str] | None = None, prog: str | None = None) -> C:
@@ -38,7 +42,7 @@ def parse(config: type[C], note: str | None, args: list[str] | None = None, prog
     given changes them.
 
     Raises:
-      Refused: a preset that it has not, or a number of steps, rows or micro-batches below one, or a negative seed.
+      Refused: a preset that it has not, a count below one, a negative number, or rows that micro-batches do not divide.
     """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("mpjax").setLevel(logging.INFO)  # of the libraries only warnings: Orbax tells thirty lines a save
@@ -49,10 +53,13 @@ def parse(config: type[C], note: str | None, args: list[str] | None = None, prog
     found = tyro.cli(
         config, description=note, args=given, default=default, prog=prog, config=(tyro.conf.FlagConversionOff,)
     )  # fmt: skip
-    for name, least in LEAST.items():
-        value = getattr(found, name, least)
-        if isinstance(value, int) and value < least:
+    for name, value in vars(found).items():
+        least = int(name not in FROM_ZERO)
+        if type(value) is int and value < least:  # a bool is an int, too
             raise Refused(f"got --{name.replace('_', '-')}={value}; legal is {least} or more")
+    rows, parts = getattr(found, "batch_size", 1), getattr(found, "accumulate", 1)
+    if rows % parts:
+        raise Refused(f"got --batch-size={rows} and --accumulate={parts}; legal is a number that divides the rows")
     return found
 
 
@@ -97,14 +104,14 @@ def start(
     """Run an experiment from the command line, however it was started.
 
     Returns:
-      The exit code: 0 done, or stopped in training by SIGTERM or Ctrl-C; 1 its data is missing or corrupt; 2 not
-      understood; 130 ended by Ctrl-C outside of training.
+      The exit code: 0 done, or stopped in training by SIGTERM or Ctrl-C; 1 its data is missing or corrupt, or a policy
+      could not be trained; 2 not understood; 130 ended by Ctrl-C outside of training.
     """
     try:
         main(parse(config, note, args, prog))
     except KeyboardInterrupt:
         return 130
-    except (Refused, _data.MissingDataError, _data.CorruptDataError) as error:
+    except (Refused, Lost, _data.MissingDataError, _data.CorruptDataError) as error:
         print(f"{prog or sys.argv[0]}: {error}", file=sys.stderr)
         return 2 if isinstance(error, Refused) else 1
     return 0

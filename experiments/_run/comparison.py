@@ -11,9 +11,10 @@ import numpy as np
 from rich.console import Console
 
 import mpjax
-from experiments._run.command import Refused
+from experiments import _data
+from experiments._run.command import Lost, Refused
 from experiments._run.folder import RunFolder, write_json
-from experiments._run.training import Plan, Trained, data_parallel, train
+from experiments._run.training import Plan, Trained, data_parallel, stored_steps, train
 from mpjax.measure.plots import training_curves
 from mpjax.measure.table import policy_table, to_markdown
 
@@ -37,19 +38,23 @@ def compare(
       Refused: a rule of the command line that can never act on this model, or settings that make no sense; before
         anything is trained or written.
       KeyboardInterrupt: Ctrl-C outside of training, once what was measured until then is written.
+      Lost: a policy whose steps were skipped too often. The others were trained all the same, and all is written.
     """
-    if "rules" in policies:
-        try:
-            jax.eval_shape(make_job(policies["rules"]).state, plan.seeds.init)
-        except ValueError as error:
-            raise Refused(str(error)) from error
     mesh, _ = data_parallel(plan.devices), plan.saved_every
+    asked = [name for name in (next(iter(policies)), "rules") if name in policies]
+    made = {name: _sensible(make_job, policies[name], plan, mesh) for name in asked}
     with folder.begin() as path:
         runs: dict[str, Trained] = {}
-        stopped, outside = None, False
+        stopped, outside, lost = None, False, []
         for name, policy in policies.items():
             try:
-                run = train(name, make_job(policy), path / name, plan, mesh)
+                job = made.pop(name) if name in made else make_job(policy)
+                run = train(name, job, path / name, plan, mesh)
+            except mpjax.NonFiniteError as error:  # that it cannot train is a result: the others are not lost for it
+                lost.append(f"{name}: {error}")
+                run = stored_steps(path / name)
+                runs[f"{name} (not finite, {len(run.result.history)} steps)"] = run
+                continue
             except KeyboardInterrupt:  # while it was compiled, or its row was made
                 stopped, outside = f"{name}, outside its steps", True
                 break
@@ -68,7 +73,33 @@ def compare(
         print(f"interrupted during {stopped}; go on with the same command and --workdir {path}")
     if outside:
         raise KeyboardInterrupt
+    if lost:
+        raise Lost("\n".join(lost))
     return rows
+
+
+def _sensible(
+    make_job: Callable[[mpjax.PolicyMap], mpjax.Job],
+    policy: mpjax.PolicyMap,
+    plan: Plan,
+    mesh: jax.sharding.Mesh | None,
+) -> mpjax.Job:
+    """The job under a policy, once it is known that state, step and batches can be made of the settings; nothing is trained.
+
+    Raises:
+      Refused: they cannot, in the words of what refused them.
+    """
+    try:
+        job = make_job(policy)
+        jax.eval_shape(job.state, plan.seeds.init)
+        job.step(**plan.step_options)
+        if mesh is not None:
+            mpjax.shard_batch(job.batches(0), mesh)
+    except _data.CorruptDataError:
+        raise
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    return job
 
 
 def report(runs: Mapping[str, Trained], folder: Path, plan: Plan) -> list[dict[str, Any]]:

@@ -47,9 +47,9 @@ class RunFolder:
         """Make the folder, with config and environment in it, and hold it for the length of the block.
 
         Raises:
-          Refused: another process is at work in it.
+          Refused: another process is at work in it, or it cannot be made.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        made(self.path, "--workdir")
         lock = os.open(self.path, os.O_RDONLY)
         try:
             if try_lock(lock) is False:
@@ -62,7 +62,7 @@ class RunFolder:
     def _write_config(self) -> None:
         """Config and environment; for a run that goes on, when and where it did."""
         stored, now = read_config(self.path), _environment()
-        if stored is None:
+        if stored is None or (_differences(stored, self.config, self.experiment) and not _trained(self.path)):
             logger.info("%s: the run's folder", self.path)
             text: dict[str, Any] = {"experiment": self.experiment, "config": _plain(self.config), "environment": now}
         else:
@@ -78,7 +78,8 @@ class RunFolder:
 def open_folder(config: Any, experiment: str, *, goes_on: bool = True) -> RunFolder:
     """Where a run writes: `config.workdir`, or a new folder `runs/EXPERIMENT-date-time` where that is None.
 
-    A folder that is missing or empty begins a run; one that holds a run of the same config goes on with it.
+    A folder that is missing or empty begins a run; one that holds a run of the same config goes on with it. A run that ended
+    before its first step binds nobody: whoever mends a setting may do so in the same folder.
 
     Args:
       config: the experiment's; `workdir` and, where it goes on, `resume` are read, all is compared.
@@ -104,7 +105,9 @@ def open_folder(config: Any, experiment: str, *, goes_on: bool = True) -> RunFol
         raise Refused(f"{path} holds a run already, which is not written over; give another --workdir")
     elif not config.resume:
         raise Refused(f"{path} holds a run, and --no-resume came; leave it out to go on, or give another --workdir")
-    elif differs := _differences(stored, config, experiment):
+    elif (differs := _differences(stored, config, experiment)) and (
+        _trained(path) or stored.get("experiment") != experiment
+    ):
         raise Refused(
             f"{path} holds a run of another config: {'; '.join(differs)}; give the same, or another --workdir"
         )
@@ -126,6 +129,25 @@ def read_config(path: Path) -> dict[str, Any] | None:
     if not isinstance(stored, dict) or not isinstance(stored.get("config"), dict):
         raise Refused(f"{path / CONFIG} is not that of a run; give another --workdir")
     return stored
+
+
+def made(folder: Path, option: str) -> Path:
+    """The folder that an option names, made where it is not there.
+
+    Raises:
+      Refused: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"{folder} cannot be made: {error.strerror}; give another {option}") from error
+    return folder
+
+
+def _trained(path: Path) -> bool:
+    """Whether a run made a step there."""
+    told = ("*/metrics.jsonl", "*/row.json", "*/checkpoints/*/manifest.json")
+    return any(file.stat().st_size for pattern in told for file in path.glob(pattern))
 
 
 def write_json(path: Path, content: Any) -> None:

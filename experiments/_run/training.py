@@ -154,6 +154,12 @@ def _stored(folder: Path) -> Trained | None:
     return Trained(numbers(stored["row"]), mpjax.FitResult(None, _history(folder), evaluations, best))
 
 
+def stored_steps(folder: Path) -> Trained:
+    """Of a run that could not go on, the steps that it wrote."""
+    history = _history(folder)
+    return Trained({"final loss": history[-1]["loss"]} if history else {}, mpjax.FitResult(None, history))
+
+
 def _history(folder: Path) -> list[dict[str, Any]]:
     """The metrics of each attempt, as a run in one go has them: JSON keeps a float to the last bit."""
     if not (folder / METRICS).is_file():

@@ -16,7 +16,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from experiments._run import Refused
+from experiments._run import Refused, made
 from experiments.bench import flops, in_turn, table
 from experiments.bench.process import Task, import_seconds, launch, perform
 from experiments.bench.rows import ROWS, Settings
@@ -82,8 +82,8 @@ def tasks(config: Config) -> list[Task]:
 def main(config: Config) -> int:
     """Run the row, print its table, write both; what is done is written after each side. Returns 1 if a side failed."""
     planned = tasks(config)
-    folder = Path(config.out or f"runs/bench-{datetime.datetime.now():%Y%m%d-%H%M%S}")
-    folder.mkdir(parents=True, exist_ok=True)
+    possible(config.settings)
+    folder = place(config.out or f"runs/bench-{datetime.datetime.now():%Y%m%d-%H%M%S}", f"{config.row}.json")
     work = config.settings.work(ROWS[config.row])
     record: dict[str, Any] = {
         "row": config.row, "work": dataclasses.asdict(work), "flops": flops.step_flops(work),
@@ -113,6 +113,28 @@ def main(config: Config) -> int:
     turns = record["in_turn"]
     results = [record["products"], *record["sides"].values(), turns, *turns.get("sides", {}).values()]
     return int(any("failed" in result for result in results))
+
+
+def possible(settings: Settings) -> None:
+    """Refuse settings that time nothing.
+
+    Raises:
+      Refused: no first steps, steps or blocks.
+    """
+    for name in ("losses", "steps", "blocks"):
+        if (value := getattr(settings, name)) < 1:
+            raise Refused(f"got --{name}={value}; legal is 1 or more")
+
+
+def place(out: str, name: str) -> Path:
+    """The folder of a result, which has none of that name yet: what was measured is not written over.
+
+    Raises:
+      Refused: it has, or cannot be made.
+    """
+    if (Path(out) / name).exists():
+        raise Refused(f"{out} holds {name} already, which is not written over; give another --out")
+    return made(Path(out), "--out")
 
 
 def show(record: dict[str, Any], folder: Path) -> None:

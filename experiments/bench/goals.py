@@ -19,7 +19,6 @@ import math
 import sys
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +30,7 @@ from rich.console import Console
 import mpjax
 from experiments._run import Refused
 from experiments.bench import data
+from experiments.bench.command import place
 from experiments.bench.rows import BF16, GPT, Settings
 from experiments.bench.side_jax import environment
 from experiments.bench.spread import Case, Maker, Reduced, Way, check, mesh_of
@@ -202,18 +202,18 @@ def with_moments(maker: Maker, case: Case) -> Any:
 def main(config: Checks, work: GPT) -> int:
     """Print each check as it is found, and a table. Returns 1 if one is not met."""
     found: list[Row] = []
+    folder = place(config.out, "checks.json") if config.out else None
     for row in checks(config, work):
         found.append(row)
         print(f"{row['check']} ({row['where']}): found {row['found']:.3g}, limit {row['limit']:g}, "
               f"{'met' if row['met'] else 'NOT met'}", file=sys.stderr, flush=True)  # fmt: skip
-        if config.out:
-            Path(config.out).mkdir(parents=True, exist_ok=True)
+        if folder:
             told = {
                 "checks": found,
                 "settings": dataclasses.asdict(config) | {"out": None},
                 "environment": environment(),
             }
-            (Path(config.out) / "checks.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+            (folder / "checks.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     shown = [
         {**row, "found": f"{row['found']:.3g}", "limit": f"{row['limit']:g}", "met": str(row["met"])} for row in found
     ]

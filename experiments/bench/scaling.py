@@ -38,7 +38,6 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -47,7 +46,7 @@ from rich.console import Console
 
 from experiments._run import Refused, write_json
 from experiments.bench import collectives, goals, overlap, scaling_table
-from experiments.bench.command import Tables, told, typed
+from experiments.bench.command import Tables, place, possible, told, typed
 from experiments.bench.rows import GPT, TINY, WORKS, Settings
 from experiments.bench.side_jax import Ready, environment, planned
 from experiments.bench.spread import OVERLAP, Case, Maker, Reduced, Scaling, Way, Xla, cases, check
@@ -167,8 +166,9 @@ def main(config: Config, command: str) -> int:
     if not todo:
         raise Refused("got settings that give no case; legal are values for devices, ways, scaling and reduce-dtype")
     compiler = options(config.compiler)
-    folder = Path(config.out or f"runs/scaling-{datetime.datetime.now():%Y%m%d-%H%M%S}")
-    folder.mkdir(parents=True, exist_ok=True)
+    possible(settings)
+    out = config.out or f"runs/scaling-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    folder = place(out, f"{config.work}-scaling.json")
     record: dict[str, Any] = {
         "scaling": config.work, "work": dataclasses.asdict(work), "unit": work.unit, "tensor": config.tensor,
         "settings": dataclasses.asdict(settings), "compiler": compiler, "overlap": OVERLAP,

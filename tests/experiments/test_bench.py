@@ -26,6 +26,7 @@ from experiments.bench import (
     resnet,
     resnet_flax,
     rows,
+    scaling,
 )
 from experiments.bench.rows import ROWS, TINY, WORKS, Settings, Side
 from experiments.bench.timing import block_ms, host_ms
@@ -160,12 +161,26 @@ def test_examples(name):
         (["gpt2-bf16", "--in-turn", "flax", "torch"], "two JAX sides or more"),
         (["gpt2-bf16", "--in-turn", "flax"], "two JAX sides or more"),
         (["table", "."], "holds no results"),
+        (["gpt2-bf16", "--tiny", "--blocks=0"], "got --blocks=0; legal is 1 or more"),
     ],
 )
 def test_what_makes_no_sense_ends_with_2(args, said, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert command.run(args) == 2
     assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("started", [command.run, scaling.run])
+def test_what_was_measured_is_not_written_over(started, tmp_path, capsys):
+    """Told before anything is measured, which may take long; so is a folder that cannot be made."""
+    row, name = ("gpt2-bf16", "gpt2-bf16") if started is command.run else ("gpt-1.3b", "gpt-1.3b-scaling")
+    (tmp_path / f"{name}.json").write_text("kept")
+    args = [row, "--tiny"] if started is command.run else [row, "--tiny", "--devices=1"]
+    assert started([*args, f"--out={tmp_path}"]) == 2
+    assert f"holds {name}.json already, which is not written over; give another --out" in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["kept"]
+    assert started([*args, f"--out={tmp_path / f'{name}.json'}"]) == 2
+    assert "cannot be made: File exists; give another --out" in capsys.readouterr().err
 
 
 def test_a_task_runs_in_a_process_of_its_own(monkeypatch):

@@ -106,6 +106,11 @@ def test_a_map_of_rules_trains_as_one_more_policy(experiment, tmp_path, monkeypa
         (["--steps=0"], "got --steps=0; legal is 1 or more"),
         (["--batch-size=0"], "got --batch-size=0; legal is 1 or more"),
         (["--seed=-1"], "got --seed=-1; legal is 0 or more"),
+        (["--depth=0"], "got --depth=0; legal is 1 or more"),
+        (["--eval-every=-1"], "got --eval-every=-1; legal is 0 or more"),
+        (["--batch-size=1439"], "got arrays of [1438] rows and batch_size=1439"),
+        (["--clip-norm=-1"], "got clip_norm=-1.0; legal is a number > 0"),
+        (["--devices=3"], "128 rows"),
     ],
 )
 def test_a_setting_that_makes_no_sense_ends_with_2_and_no_traceback(args, said, tmp_path, capsys):
@@ -114,6 +119,20 @@ def test_a_setting_that_makes_no_sense_ends_with_2_and_no_traceback(args, said, 
     shown = capsys.readouterr().err
     assert shown.startswith("vision_digits: ") and said in shown and shown.count("\n") == 1
     assert not list(tmp_path.iterdir())  # told before anything was trained or written
+
+
+def test_rows_that_micro_batches_do_not_divide_and_a_folder_that_cannot_be_made(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for experiment, arg, said in [
+        (
+            language_gpt,
+            "--accumulate=3",
+            "got --batch-size=16 and --accumulate=3; legal is a number that divides the rows",
+        ),
+        (mlp_jax, f"--workdir={tmp_path / 'file' / 'run'}", "cannot be made: Not a directory; give another --workdir"),
+    ]:
+        assert _run.start(experiment.Config, experiment.main, None, [arg], prog="it") == 2
+        assert said in capsys.readouterr().err
 
 
 def test_data_that_is_missing_ends_with_1_and_makes_no_run_folder(tmp_path, monkeypatch, capsys):

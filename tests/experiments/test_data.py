@@ -158,6 +158,9 @@ def test_what_is_missing_is_told_with_the_command_that_fetches_it(source):
         _data.fashion_mnist()
     with pytest.raises(_data.MissingDataError, match=r"`python -m experiments\._data shakespeare` fetches it"):
         _data.shakespeare()
+    (files.folder() / "shakespeare.md.gz").mkdir(parents=True)
+    with pytest.raises(_data.MissingDataError, match=r"shakespeare\.md\.gz cannot be read \(Is a directory\)"):
+        _data.shakespeare()
 
 
 def spoil_a_bit(packed: bytes) -> bytes:

@@ -154,11 +154,12 @@ def test_numbers_that_json_has_no_word_for_are_words_in_its_files_and_come_back(
 
 @pytest.fixture
 def begun(tmp_path):
-    """A folder in which a run of `mlp_jax` with ARGS was begun."""
+    """A folder in which a run of `mlp_jax` with ARGS made a step."""
     folder = tmp_path / "begun"
     config = _run.parse(mlp_jax.Config, None, [*ARGS, f"--workdir={folder}"])
     with _run.open_folder(config, "mlp_jax").begin():
-        pass
+        (folder / "float32").mkdir()
+        (folder / "float32" / "metrics.jsonl").write_text('{"attempt": 0, "step": {"loss": 2.3}}\n')
     return folder
 
 
@@ -181,6 +182,36 @@ def test_another_config_is_refused_with_its_fields_and_both_values(begun, capsys
         "width was 4 and is 5; seed was 0 and is 1; give the same, or another --workdir"
     )
     assert (begun / "config.json").read_text() == before
+
+
+def test_a_run_that_made_no_step_does_not_hold_who_mends_its_settings_to_them(begun):
+    metrics = begun / "float32" / "metrics.jsonl"
+    metrics.write_text("")  # as it is opened
+    assert refused(begun, "--width=5") == 0
+    told = json.loads((begun / "config.json").read_text())
+    assert told["config"]["width"] == 5 and "resumed" not in told
+    metrics.unlink()
+    with pytest.raises(_run.Refused, match="it is one of mlp_jax, this is vision_digits"):
+        _run.open_folder(vision_digits.Config(workdir=str(begun)), "vision_digits")
+
+
+def test_a_policy_that_cannot_train_loses_none_of_the_others(tmp_path, jobs, curves, monkeypatch, capsys):
+    train = _run.comparison.train
+
+    def diverging(name, job, folder, plan, mesh):
+        if name != "float32":
+            return train(name, job, folder, plan, mesh)
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text(
+            '{"attempt": 0, "step": {"loss": "nan", "loss_scale": 1.0, "skipped": 1.0}}\n'
+        )
+        raise mpjax.NonFiniteError("50 steps in a row were not finite")
+
+    monkeypatch.setattr(_run.comparison, "train", diverging)
+    assert start(tmp_path) == 1
+    assert capsys.readouterr().err == "mlp_jax: float32: 50 steps in a row were not finite\n"
+    assert [row["policy"] for row in rows(tmp_path)] == ["float32 (not finite, 1 steps)", "mixed_float16"]
+    assert (tmp_path / "mixed_float16" / "row.json").exists()
 
 
 @pytest.mark.parametrize("spelt", ["--no-resume", "--resume=False"])
