@@ -75,9 +75,11 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("half", ["bfloat16", "float16"])
 def test_a_kernel_is_used_in_the_compute_dtype_and_a_norm_and_a_table_are_not(form, half):
+    """Nor is a bias, whose gradient is summed in float32 over the rows, and so over the devices."""
     found = used(f"mixed_{half}", FORMS[form])
-    assert {found[f"{name}/{leaf}"] for name in ("dense", "head") for leaf in ("kernel", "bias")} == {half}
-    assert {found["norm/scale"], found["norm/bias"], found["embed/embedding"]} == {"float32"}
+    assert {found["dense/kernel"], found["head/kernel"]} == {half}
+    wide = ("norm/scale", "norm/bias", "embed/embedding", "dense/bias", "head/bias")
+    assert {found[path] for path in wide} == {"float32"}
 
 
 def test_float8_kernels_are_cast_to_the_compute_dtype_first():
@@ -97,11 +99,11 @@ def test_params_that_are_half_already_keep_their_dtype():
 
 def test_another_use_keeps_the_params_own_dtype():
     found = used("mixed_bfloat16", penalty=lambda params: jnp.square(params["head"]["kernel"]).sum())
-    assert (found["head/kernel"], found["head/bias"]) == ("float32", "bfloat16")
+    assert (found["head/kernel"], found["dense/kernel"]) == ("float32", "bfloat16")
     found = used(
-        "mixed_bfloat16", penalty=lambda params: params["head"]["bias"].astype("float16").sum().astype("float32")
+        "mixed_bfloat16", penalty=lambda params: params["head"]["kernel"].astype("float16").sum().astype("float32")
     )
-    assert found["head/bias"] == "float32"  # two dtypes: neither holds the other's numbers
+    assert found["head/kernel"] == "float32"  # two dtypes: neither holds the other's numbers
 
 
 @jax.custom_vjp
