@@ -164,12 +164,12 @@ for name, policy in {"float32": "float32", "mixed_bfloat16": "mixed_bfloat16", "
     found = mpjax.audit(jax.grad(loss_fn, has_aux=True), state.params, state.mstate, first, state.rng)
     print(f"{name:<15} dots {found.dtypes('dot')}, convs {found.dtypes('conv')}, half {found.share('bfloat16'):.0%}")
 print(found)
-print(*(op for op in found.select("reduce").ops if op.label == "bfloat16"))
+print("reductions:", found.dtypes("reduce"))
 
 # %% [markdown]
-# The whole table is that of the policy map. Almost every reduction is in float32: they are the norm's statistics and the
-# loss. The one in bfloat16 is named in the last line, with the path of its module: it is the gradient of the convolution's
-# bias, a sum that jax itself writes when it differentiates an addition, in the dtype in which the layer computes.
+# The whole table is that of the policy map. Every reduction is in float32: the norm's statistics, the loss, and the
+# gradients of the biases. Those are sums over all rows which jax itself writes when it differentiates an addition, and it
+# would write them in the dtype in which the layer computes, bfloat16 for the convolution; `wrap` sees to it that they are not.
 #
 # In a model of your own this is the way to ask about a line that surprises you: `found.select("exp").ops`, say, lists
 # the operations of one kind with their module paths. A softmax written out as a plain function is the usual find, for a

@@ -66,9 +66,12 @@ def make(policy="float32", **settings):
 
 
 def test_it_learns_in_half_precision(tmp_path):
-    """To say nothing has 1, and to say one of the two digits throughout at least 0.5: under 0.4 it tells them apart."""
+    """To say nothing has 1, and to say one of the two digits throughout at least 0.5: under 0.4 it tells them apart.
+
+    At twice the learning rate some seeds have 40 before a GELU, whose cube is infinite in float16, and skip steps to the end.
+    """
     config = speech_ctc.Config(
-        policies=("mixed_float16",), steps=120, eval_every=120, learning_rate=2e-2, workdir=str(tmp_path), progress=False, **SMALL
+        policies=("mixed_float16",), steps=120, eval_every=120, learning_rate=1e-2, workdir=str(tmp_path), progress=False, **SMALL
     )  # fmt: skip
     (row,) = speech_ctc.main(config)
     assert row["test digit error rate"] < 0.4 and row["skipped"] <= 6
