@@ -53,9 +53,8 @@ def pair(scenario: str, folder: Path, environment: dict[str, str]) -> Iterator[l
             found.append(run)
             stack.callback(run.communicate)
             stack.callback(run.kill)
-        watch = threading.Timer(
-            LONGEST, lambda: [run.kill() for run in found]
-        )  # of a hang the test is to fail, not to hang
+        # Of a hang the test is to fail, not to hang.
+        watch = threading.Timer(LONGEST, lambda: [run.kill() for run in found])
         watch.start()
         stack.callback(watch.cancel)
         yield found
