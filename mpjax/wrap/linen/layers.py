@@ -133,13 +133,8 @@ def bias_of(module: nn.Module, method: Any, compute: np.dtype) -> jax.Array | No
 
     Only Flax's own call is known to end with that, not a subclass's around it.
     """
-    if (
-        compute.itemsize >= 4
-        or getattr(method, "func", None) not in _ADD_BIAS
-        or np.size(getattr(module, "batch_dims", ()))
-    ):
-        return None
-    if vars(module)["promote_dtype"] is not promote_dtype or not module.has_variable("params", "bias"):
+    adds = getattr(method, "func", None) in _ADD_BIAS and vars(module)["promote_dtype"] is promote_dtype
+    if compute.itemsize >= 4 or not adds or np.size(getattr(module, "batch_dims", ())):
         return None
     return nn.unbox(module.get_variable("params", "bias"))
 
