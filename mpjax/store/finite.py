@@ -12,6 +12,7 @@ import numpy as np
 from mpjax.policy.patterns import governs
 from mpjax.store.leaves import Leaf
 from mpjax.store.manifest import CheckpointError
+from mpjax.store.trees import finite
 
 
 def refuse_nonfinite(leaves: Mapping[str, tuple[Leaf, Any]], allow: bool | Sequence[str]) -> None:
@@ -33,12 +34,6 @@ def refuse_nonfinite(leaves: Mapping[str, tuple[Leaf, Any]], allow: bool | Seque
             f"the state is not finite, in {', '.join(bad)}; a run that goes on from it is lost: save an earlier state, or name "
             "the paths in allow_nonfinite if it belongs there"
         )
-
-
-def finite(x: Any) -> Any:
-    """Where an array is neither NaN nor infinite; numpy has no such function for the narrow formats."""
-    xp = jnp if isinstance(x, jax.Array) else np
-    return xp.isfinite(x.astype(np.float32) if x.dtype.itemsize < 4 else x)
 
 
 @jax.jit

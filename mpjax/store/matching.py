@@ -12,9 +12,9 @@ import numpy as np
 
 from mpjax.core.processes import is_local, put
 from mpjax.store import arrays
-from mpjax.store.finite import finite
 from mpjax.store.leaves import Leaf
 from mpjax.store.manifest import CheckpointError
+from mpjax.store.trees import cast_finite
 
 _TOLD = 8
 """How many leaves an error lists."""
@@ -121,9 +121,8 @@ def cast_leaf(path: str, x: Any, like: Any) -> Any:
     """
     if x.dtype == like.dtype:
         return x
-    with np.errstate(all="ignore"):  # an overflow is looked for below
-        y = x.astype(like.dtype)
-    if not bool((finite(y) == finite(x)).all()):
+    y = cast_finite(x, like.dtype)
+    if y is None:
         raise CheckpointError(
             f"{path} holds numbers up to {_amax(x):g}, which {like.dtype} cannot "
             "hold; restore it as it is, and scale it"

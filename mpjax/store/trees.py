@@ -132,7 +132,7 @@ def put_into(
             complaints["misfits"].append(f"{path} {misfit}")
         elif value.dtype != spec.dtype:
             casts[path], given = (value.dtype.name, spec.dtype.name), value
-            value = cast(given, spec.dtype)
+            value = cast_finite(given, spec.dtype)
             if value is None:
                 complaints["misfits"].append(f"{path} is beyond what {spec.dtype.name} can hold")
         values.append(value)
@@ -147,15 +147,21 @@ def put_into(
     return jax.tree.unflatten(structure, filled), casts
 
 
-def cast(x: Any, dtype: np.dtype) -> Any:
+def finite(x: Any) -> Any:
+    """Where an array is neither NaN nor infinite; numpy has no such function for the narrow formats."""
+    xp = jnp if isinstance(x, jax.Array) else np
+    return xp.isfinite(x.astype(np.float32) if x.dtype.itemsize < 4 else x)
+
+
+def cast_finite(x: Any, dtype: np.dtype) -> Any:
     """Floats in another dtype, rounded to nearest; None where a finite one would become infinite, or no number.
 
-    >>> cast(np.float32([1.0, np.inf]), np.dtype("float16")), cast(np.float32([1e6, np.inf]), np.dtype("float16"))
+    >>> cast_finite(np.float32([1.0, np.inf]), np.dtype("float16")), cast_finite(np.float32([1e6, np.inf]), np.dtype("float16"))
     (array([ 1., inf], dtype=float16), None)
     """
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):  # an overflow is looked for below
         y = x.astype(dtype)
-    return y if np.array_equal(np.isfinite(y), np.isfinite(x)) else None
+    return y if bool((finite(y) == finite(x)).all()) else None
 
 
 def pair(like: PyTree) -> tuple[Params, MState]:

@@ -17,7 +17,7 @@ from mpjax.core.dtypes import canonical, is_float
 from mpjax.core.types import DTypeLike, MState, Params, PyTree
 from mpjax.store import tensors
 from mpjax.store.export.formats import KIND, VERSION, dequantise
-from mpjax.store.trees import as_jax, by_path, cast, listed, nested, pair, put_into
+from mpjax.store.trees import as_jax, by_path, cast_finite, listed, nested, pair, put_into
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ def load_export(path: str | os.PathLike, like: PyTree = None, *, dtype: DTypeLik
     if dtype is not None:
         chosen = canonical(dtype)
         floats = [keys for keys, x in leaves.items() if keys[0] == "params" and is_float(x)]
-        leaves |= {keys: cast(leaves[keys], chosen) for keys in floats}
+        leaves |= {keys: cast_finite(leaves[keys], chosen) for keys in floats}
         beyond = ["/".join(keys) for keys in floats if leaves[keys] is None]
         if beyond:
             raise ValueError(
