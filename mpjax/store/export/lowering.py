@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from mpjax.numerics.attention import unfused
 from mpjax.store import tensors
 from mpjax.store.export.forward import KIND, VERSION, Forward, plain
 from mpjax.store.export.weights import words_of
-from mpjax.store.trees import is_key, named_leaves, refilled
+from mpjax.store.trees import named_leaves, refilled
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -142,12 +143,9 @@ def _with_free_batch(inputs: list[PyTree], batch: str) -> list[PyTree]:
 
 def _spec(tree: PyTree) -> PyTree:
     arrays = jax.tree.map(lambda x: x if hasattr(x, "dtype") else jnp.asarray(x), tree)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, _dtype(x)), arrays)
-
-
-def _dtype(x: Any) -> Any:
-    # As jax will have it: from 0.12 it warns of a shape of numpy's 64 bits.
-    return x.dtype if is_key(x) else jax.dtypes.canonicalize_dtype(x.dtype)
+    # As jax will have them: from 0.12 it warns of a shape of numpy's 64 bits.
+    dtype = functools.partial(jax.dtypes.canonicalize_dtype, allow_extended_dtype=True)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype(x.dtype)), arrays)
 
 
 def _first_line(error: BaseException) -> str:
