@@ -75,11 +75,8 @@ def test_the_channel_is_the_output():
     assert scale.shape == (1, 1, 1, 7) and stored.shape == (3, 3, 4, 7)
     rows = channel_axis("params/wte/embedding")
     assert quantise(np.ones((50, 4), np.float32), "int8", rows)[1].shape == (50, 1)
-    assert quantise(np.ones((3, 50, 4), np.float32), "int8", rows)[1].shape == (
-        1,
-        50,
-        1,
-    )  # a stack: not one for each table
+    of_a_stack = quantise(np.ones((3, 50, 4), np.float32), "int8", rows)[1]
+    assert of_a_stack.shape == (1, 50, 1)  # not one for each table
 
 
 def test_the_first_rule_holds_for_its_subtree_and_float32_for_the_rest():

@@ -126,6 +126,7 @@ def fields_for_lookup(module: nn.Module) -> dict[str, Any] | None:
 
 
 _ADD_BIAS = {inspect.unwrap(cls.__call__) for cls in (*DENSE, nn.Conv, nn.ConvTranspose)}
+"""Calls that end by adding a bias: `numerics/bias` says what is done about it."""
 
 
 def bias_of(module: nn.Module, method: Any, compute: np.dtype) -> jax.Array | None:
